@@ -1,0 +1,290 @@
+// cli.h: what the programs (train, sample, bench) share on the command line: one table of options
+// that both parses and explains, whole files into memory, the clock. Included once per program.
+//
+//   Option table[] = {{"steps", OPT_INT, &steps, 1, 1e9, "N", "optimizer steps"}, ...};
+//   parse_options(&cli, argc, argv);     exits with status 2 and one line on wrong usage
+#ifndef CLI_H
+#define CLI_H
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kernels.h"
+#include "model.h"
+
+typedef enum {
+    OPT_SECTION,  // a heading in --help; nothing to parse
+    OPT_FLAG,     // bool, no value
+    OPT_INT,      // int64_t within [min, max]
+    OPT_SEED,     // uint64_t, all of it
+    OPT_REAL,     // double within [min, max]
+    OPT_TEXT,     // const char *
+    OPT_INTS,     // IntList, each within [min, max]
+    OPT_CHOICE,   // int: an index into choices
+} OptionKind;
+
+typedef struct {
+    int n, v[MAX_DILATIONS];
+} IntList;
+
+typedef struct {
+    const char *name;  // without the leading --
+    OptionKind kind;
+    void *value;  // holds the default before, the value after
+    double min, max;
+    const char *arg;  // what --help calls the value
+    const char *help;
+    const char *const *choices;  // OPT_CHOICE: NULL-terminated
+    bool saved;                  // part of what a training run is: kept in its state
+    bool given;                  // on this command line
+} Option;
+
+typedef struct {
+    const char *program, *usage, *about;
+    Option *options;
+    int n_options;
+    const char **files;  // what is left: argv entries, in order
+    int n_files;
+} Cli;
+
+// Wrong usage: one line, status 2.
+static inline void usage_error(const Cli *cli, const char *format, const char *a, const char *b) {
+    fprintf(stderr, "%s: ", cli->program);
+    fprintf(stderr, format, a, b);
+    fprintf(stderr, "; see %s --help\n", cli->program);
+    exit(2);
+}
+
+// Anything else that ends a program: one line, status 1.
+static inline void die(const Cli *cli, const Error *e) {
+    fprintf(stderr, "%s: %s\n", cli->program, e->text);
+    exit(1);
+}
+
+// The value of o as the user would type it.
+static inline const char *option_text(const Option *o, char *buffer, size_t size) {
+    buffer[0] = 0;
+    switch (o->kind) {
+        case OPT_SECTION: break;
+        case OPT_FLAG: snprintf(buffer, size, "%s", *(bool *)o->value ? "yes" : "no"); break;
+        case OPT_INT: snprintf(buffer, size, "%lld", (long long)*(int64_t *)o->value); break;
+        case OPT_SEED:
+            snprintf(buffer, size, "%llu", (unsigned long long)*(uint64_t *)o->value);
+            break;
+        case OPT_REAL: snprintf(buffer, size, "%.9g", *(double *)o->value); break;
+        case OPT_TEXT:
+            if (*(const char **)o->value) snprintf(buffer, size, "%s", *(const char **)o->value);
+            break;
+        case OPT_INTS: {
+            const IntList *list = o->value;
+            for (int i = 0; i < list->n; i++) {
+                size_t used = strlen(buffer);
+                snprintf(buffer + used, size - used, i ? ",%d" : "%d", list->v[i]);
+            }
+            break;
+        }
+        case OPT_CHOICE: snprintf(buffer, size, "%s", o->choices[*(int *)o->value]); break;
+    }
+    return buffer;
+}
+
+static inline void print_help(const Cli *cli) {
+    printf("%s\n\n%s\n", cli->usage, cli->about);
+    for (int i = 0; i < cli->n_options; i++) {
+        const Option *o = &cli->options[i];
+        char left[64], value[256];
+        if (o->kind == OPT_SECTION) {
+            printf("\n%s\n", o->help);
+            continue;
+        }
+        snprintf(left, sizeof left, "--%s%s%s", o->name, o->arg ? " " : "", o->arg ? o->arg : "");
+        printf("  %-24s %s", left, o->help);
+        if (o->choices) {
+            printf(":");
+            for (int j = 0; o->choices[j]; j++) printf(" %s", o->choices[j]);
+        }
+        if (o->kind != OPT_FLAG && *option_text(o, value, sizeof value)) printf(" [%s]", value);
+        printf("\n");
+    }
+    printf("  %-24s %s\n", "--help", "this text");
+}
+
+// One number of text, all of it, within o's range; *end is where it stopped at a comma.
+static inline double parse_number(const Cli *cli, const Option *o, const char *text, char **end) {
+    char expected[160];
+    bool fraction = o->kind == OPT_REAL;
+    errno = 0;
+    double x = fraction ? strtod(text, end) : (double)strtoll(text, end, 10);
+    bool stop = **end == 0 || (o->kind == OPT_INTS && **end == ',');
+    if (*end == text || errno || !stop || !(x >= o->min && x <= o->max)) {
+        snprintf(expected, sizeof expected, "'%.60s', expected %s from %.15g to %.15g", text,
+                 fraction ? "a number" : "a whole number", o->min, o->max);
+        usage_error(cli, "--%s is %s", o->name, expected);
+    }
+    return x;
+}
+
+static inline void parse_value(const Cli *cli, Option *o, const char *text) {
+    char *end;
+    switch (o->kind) {
+        case OPT_SECTION:
+        case OPT_FLAG: break;
+        case OPT_INT:
+            parse_number(cli, o, text, &end);
+            *(int64_t *)o->value = strtoll(text, NULL, 10);  // exact above 2^53, too
+            break;
+        case OPT_SEED:
+            errno = 0;
+            *(uint64_t *)o->value = strtoull(text, &end, 10);
+            if (end == text || *end || errno || *text == '-')
+                usage_error(cli, "--%s is '%s', expected a whole number from 0 to 2^64-1", o->name,
+                            text);
+            break;
+        case OPT_REAL: *(double *)o->value = parse_number(cli, o, text, &end); break;
+        case OPT_TEXT: *(const char **)o->value = text; break;
+        case OPT_INTS: {
+            IntList *list = o->value;
+            list->n = 0;
+            for (end = (char *)text - 1; end < text || *end == ','; list->n++) {
+                if (list->n == MAX_DILATIONS)
+                    usage_error(cli, "--%s is '%s', which has too many values", o->name, text);
+                list->v[list->n] = (int)parse_number(cli, o, end + 1, &end);
+            }
+            break;
+        }
+        case OPT_CHOICE: {
+            char list[160] = "";
+            for (int j = 0; o->choices[j]; j++) {
+                if (strcmp(text, o->choices[j]) == 0) {
+                    *(int *)o->value = j;
+                    return;
+                }
+                size_t used = strlen(list);
+                snprintf(list + used, sizeof list - used, "%s%s", j ? ", " : "", o->choices[j]);
+            }
+            snprintf(list + strlen(list), sizeof list - strlen(list), " (got '%.40s')", text);
+            usage_error(cli, "--%s expects one of %s", o->name, list);
+        }
+    }
+}
+
+static inline Option *find_option(const Cli *cli, const char *name, size_t length) {
+    for (int i = 0; i < cli->n_options; i++) {
+        Option *o = &cli->options[i];
+        if (o->kind != OPT_SECTION && strlen(o->name) == length && !strncmp(o->name, name, length))
+            return o;
+    }
+    return NULL;
+}
+
+// --name VALUE and --name=VALUE; `--` ends the options; a lone `-` is a file (standard input).
+static inline void parse_options(Cli *cli, int argc, char **argv) {
+    bool options_end = false;
+    cli->files = calloc((size_t)argc + 1, sizeof *cli->files);
+    if (!cli->files) exit(1);
+    for (int i = 1; i < argc; i++) {
+        const char *arg = argv[i];
+        if (options_end || arg[0] != '-' || arg[1] == 0) {
+            cli->files[cli->n_files++] = arg;
+            continue;
+        }
+        if (strcmp(arg, "--") == 0) {
+            options_end = true;
+            continue;
+        }
+        if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
+            print_help(cli);
+            exit(0);
+        }
+        const char *name = arg + 2, *equals = strchr(arg, '=');
+        size_t length = equals ? (size_t)(equals - name) : strlen(arg) - 2;
+        Option *o = arg[1] == '-' ? find_option(cli, name, length) : NULL;
+        if (!o) usage_error(cli, "unknown option %s%s", arg, "");
+        if (o->given) usage_error(cli, "--%s is given twice%s", o->name, "");
+        o->given = true;
+        if (o->kind == OPT_FLAG) {
+            if (equals) usage_error(cli, "--%s takes no value%s", o->name, "");
+            *(bool *)o->value = true;
+        } else if (equals) {
+            parse_value(cli, o, equals + 1);
+        } else if (i + 1 < argc) {
+            parse_value(cli, o, argv[++i]);
+        } else {
+            usage_error(cli, "--%s needs a value: %s", o->name, o->arg);
+        }
+    }
+}
+
+// ---- Files and time
+
+// A whole file ("-": standard input) into *bytes, malloc'd, with its length. An empty file is 0
+// bytes and no error.
+static inline int read_whole(const char *path, uint8_t **bytes, size_t *n, Error *e) {
+    bool standard = strcmp(path, "-") == 0;
+    const char *name = standard ? "standard input" : path;
+    *bytes = NULL;
+    *n = 0;
+    struct stat st;
+    if (!standard && stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        return fail(e, "%s is a directory, expected a file", path);
+    FILE *f = standard ? stdin : fopen(path, "rb");
+    if (!f) return fail(e, "cannot read %s: %s", path, strerror(errno));
+    size_t room = 0;
+    for (;;) {
+        if (*n == room) {
+            room = room ? room * 2 : 1 << 16;
+            uint8_t *more = realloc(*bytes, room);
+            if (!more) {
+                fail(e, "%s does not fit into memory (%zu bytes read so far)", name, *n);
+                break;
+            }
+            *bytes = more;
+        }
+        size_t got = fread(*bytes + *n, 1, room - *n, f);
+        *n += got;
+        if (got > 0) continue;
+        if (!ferror(f)) {
+            if (!standard) fclose(f);
+            return 0;
+        }
+        fail(e, "cannot read %s: %s", name, strerror(errno));
+        break;
+    }
+    if (!standard) fclose(f);
+    free(*bytes);
+    *bytes = NULL;
+    return -1;
+}
+
+// The backend for --device auto|cpu|cuda and --kernels NAME (NULL: the fastest). auto takes the GPU
+// where there is one that works, and says why not where not.
+static inline int choose_backend(const Backend **backend, const char *device, const char *kernels,
+                                 Error *e) {
+    *backend = &cpu_backend;
+    if (strcmp(device, "cpu") == 0)
+        return kernels ? fail(e, "--kernels %s is for --device cuda", kernels) : 0;
+    int n;
+    const char *const *names = gpu_backend_names(&n);
+    const Backend *gpu = gpu_backend(kernels ? kernels : n ? names[n - 1] : "tiled", e);
+    if (gpu) {
+        *backend = gpu;
+        return 0;
+    }
+    if (strcmp(device, "cuda") == 0 || kernels) return -1;
+    fprintf(stderr, "on the CPU: %s\n", e->text);
+    return 0;
+}
+
+// Seconds of a clock that only runs forward.
+static inline double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+#endif

@@ -1,0 +1,667 @@
+// train.c: trains the model on a text and leaves it in a folder. It reads the options, splits the
+// text, takes steps, evaluates on what was held out, keeps the best, and goes on where it stopped.
+//
+// Refuses: unknown options, texts shorter than a window, sizes beyond the memory, a folder it
+// cannot write. Read model.h first. Run:  ./train --preset small      ./train --help
+#define _POSIX_C_SOURCE 200809L
+#include <signal.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "checkpoint.h"
+#include "cli.h"
+#include "data/language.h"
+#include "stream.h"
+
+// ---- Options: the one table that parses, explains, is saved with a run and compared on resuming --
+
+typedef struct {
+    int preset;
+    int64_t steps, batch, seq, accum, warmup, channels, latent, taps, blocks, eval_every, threads;
+    int64_t sample_bytes, sample_every;
+    double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
+    double val_frac;
+    uint64_t seed;
+    IntList dilations;
+    int form, device;
+    bool tie, force, no_selftest;
+    const char *val, *out, *resume, *kernels;
+} Options;
+
+static Options opt = {
+    .steps = 1500, .batch = 16, .seq = 512, .accum = 1, .warmup = 100, .channels = 256,
+    .taps = 3, .blocks = 3, .eval_every = 250, .sample_bytes = 400, .lr = 2e-3, .beta1 = 0.9,
+    .beta2 = 0.99, .weight_decay = 0.1, .clip = 1, .val_frac = 0.1, .seed = 1,
+    .dilations = {3, {1, 2, 4}}, .out = "out",
+};
+
+static const char *const preset_names[] = {"paper", "small", NULL};
+// What a preset sets, as it would be typed. Options on the command line win.
+static const char *const presets[] = {
+    "",  // the defaults are the paper's configuration
+    "--channels 128 --blocks 2 --block-form prenorm --tie --softcap 30 --dropout 0.05 "
+    "--byte-dropout 0.05 --batch 16 --seq 256 --steps 800 --lr 4e-3 --warmup 50 --eval-every 200",
+};
+static const char *const form_names[] = {"paper", "prenorm", NULL};
+static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
+
+#define MILLION 1e6
+static Option table[] = {
+    {.kind = OPT_SECTION, .help = "the model"},
+    {"preset", OPT_CHOICE, &opt.preset, 0, 0, "NAME", "a set of options", preset_names, 0, 0},
+    {"channels", OPT_INT, &opt.channels, 1, MAX_CHANNELS, "C", "channels", 0, 1, 0},
+    {"latent", OPT_INT, &opt.latent, 0, MAX_CHANNELS, "D", "latent width, 0 = channels", 0, 1, 0},
+    {"taps", OPT_INT, &opt.taps, 1, MAX_TAPS, "K", "taps of a conv", 0, 1, 0},
+    {"blocks", OPT_INT, &opt.blocks, 1, 1024, "N", "times the dilations are repeated", 0, 1, 0},
+    {"dilations", OPT_INTS, &opt.dilations, 1, 1 << 20, "LIST", "dilations of a block", 0, 1, 0},
+    {"block-form", OPT_CHOICE, &opt.form, 0, 0, "FORM", "residual around", form_names, 1, 0},
+    {"tie", OPT_FLAG, &opt.tie, 0, 0, NULL, "the head is the embedding, transposed", 0, 1, 0},
+    {"softcap", OPT_REAL, &opt.softcap, 0, MILLION, "S", "logits = S tanh(logits/S), 0 = off", 0, 1,
+     0},
+    {.kind = OPT_SECTION, .help = "training"},
+    {"steps", OPT_INT, &opt.steps, 1, 2e9, "N", "optimizer steps", 0, 1, 0},
+    {"batch", OPT_INT, &opt.batch, 1, 1 << 20, "B", "windows held at a time", 0, 1, 0},
+    {"seq", OPT_INT, &opt.seq, 1, 1 << 24, "T", "bytes of a window", 0, 1, 0},
+    {"accum", OPT_INT, &opt.accum, 1, 1 << 16, "N", "passes of `batch` windows per step", 0, 1, 0},
+    {"lr", OPT_REAL, &opt.lr, 0, 100, "X", "learning rate", 0, 1, 0},
+    {"min-lr", OPT_REAL, &opt.min_lr, 0, 100, "X", "where its cosine ends", 0, 1, 0},
+    {"warmup", OPT_INT, &opt.warmup, 0, 2e9, "N", "steps of linear warm-up", 0, 1, 0},
+    {"beta1", OPT_REAL, &opt.beta1, 0, 0.999999, "X", "AdamW's first decay", 0, 1, 0},
+    {"beta2", OPT_REAL, &opt.beta2, 0, 0.999999, "X", "AdamW's second decay", 0, 1, 0},
+    {"weight-decay", OPT_REAL, &opt.weight_decay, 0, 1000, "X", "of matrices: p -= lr*X*p", 0, 1, 0},
+    {"clip", OPT_REAL, &opt.clip, 0, MILLION, "X", "bound of the gradient norm, 0 = off", 0, 1, 0},
+    {"ema", OPT_REAL, &opt.ema, 0, 0.999999, "X", "decay of the weight average, 0 = off", 0, 1, 0},
+    {"dropout", OPT_REAL, &opt.dropout, 0, 0.99, "P", "dropout after every activation", 0, 1, 0},
+    {"byte-dropout", OPT_REAL, &opt.byte_dropout, 0, 0.99, "P", "input bytes zeroed", 0, 1, 0},
+    {"seed", OPT_SEED, &opt.seed, 0, 0, "N", "of everything random", 0, 1, 0},
+    {.kind = OPT_SECTION, .help = "data and evaluation"},
+    {"val-frac", OPT_REAL, &opt.val_frac, 0, 0.9, "X", "last part of each text, held out", 0, 1, 0},
+    {"val", OPT_TEXT, &opt.val, 0, 0, "FILE", "hold out this text instead", 0, 1, 0},
+    {"eval-every", OPT_INT, &opt.eval_every, 1, 2e9, "N", "steps between evaluations", 0, 1, 0},
+    {"sample-bytes", OPT_INT, &opt.sample_bytes, 0, MILLION, "N", "length of a sample", 0, 0, 0},
+    {"sample-every", OPT_INT, &opt.sample_every, 0, 2e9, "N", "steps between, 0 = at the end", 0, 0,
+     0},
+    {.kind = OPT_SECTION, .help = "the run"},
+    {"out", OPT_TEXT, &opt.out, 0, 0, "DIR", "where model, state and log go", 0, 0, 0},
+    {"resume", OPT_TEXT, &opt.resume, 0, 0, "DIR", "go on with the run in DIR", 0, 0, 0},
+    {"threads", OPT_INT, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores", 0, 0, 0},
+    {"device", OPT_CHOICE, &opt.device, 0, 0, "NAME", "where to compute", device_names, 0, 0},
+    {"kernels", OPT_TEXT, &opt.kernels, 0, 0, "NAME", "naive, tiled ...: the GPU kernels", 0, 0, 0},
+    {"no-selftest", OPT_FLAG, &opt.no_selftest, 0, 0, NULL, "skip the GPU kernels' check", 0, 0, 0},
+};
+
+enum { N_OPTIONS = sizeof table / sizeof *table };
+
+// ---- Texts -------------------------------------------------------------------------------------
+
+typedef struct {
+    const char *name;
+    uint8_t *bytes;
+    size_t n, n_train;  // bytes[n_train..] are held out
+} Text;
+
+typedef struct {
+    Text *texts;  // the last one is --val, wholly held out, where that is given
+    int n;
+    uint8_t *train;  // the training parts, back to back
+    uint64_t *lengths;
+    size_t n_train, n_held_out;
+    double floor;   // entropy in bits per byte, where it is known; else 0
+    uint64_t hash;  // of all bytes and where they are split: what a resumed run must find again
+} Data;
+
+// FNV-1a, 64 bits: tells texts apart, defends against nothing.
+static uint64_t hash_bytes(uint64_t h, const void *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) h = (h ^ ((const uint8_t *)bytes)[i]) * 0x100000001B3u;
+    return h;
+}
+
+enum { BUILT_IN_BYTES = 1 << 20, BUILT_IN_SEED = 1 };
+
+static int load_text(Text *t, const char *name, double held_out, Error *e) {
+    t->name = name;
+    if (name) {
+        if (read_whole(name, &t->bytes, &t->n, e)) return -1;
+        if (t->n == 0) return fail(e, "%s is empty, expected text", name);
+    } else {
+        t->name = "the built-in corpus";
+        t->n = BUILT_IN_BYTES;
+        t->bytes = malloc(t->n);
+        if (!t->bytes) return fail(e, "out of memory for the built-in corpus");
+        language_write(t->bytes, t->n, BUILT_IN_SEED, NULL);
+    }
+    t->n_train = (size_t)((double)t->n * (1 - held_out));
+    return 0;
+}
+
+// Reads all files (none: the built-in corpus), splits them and joins the training parts.
+static int load_data(Data *d, const Cli *cli, Error *e) {
+    int n_files = cli->n_files ? cli->n_files : 1;
+    *d = (Data){.n = n_files + (opt.val != NULL), .hash = 0xCBF29CE484222325u};
+    d->texts = calloc((size_t)d->n, sizeof *d->texts);
+    d->lengths = calloc((size_t)d->n, sizeof *d->lengths);
+    if (!d->texts || !d->lengths) return fail(e, "out of memory");
+    for (int i = 0; i < n_files; i++)
+        if (load_text(&d->texts[i], cli->files[i], opt.val ? 0 : opt.val_frac, e)) return -1;
+    if (opt.val && load_text(&d->texts[n_files], opt.val, 1, e)) return -1;
+    if (!cli->n_files && !opt.val) d->floor = language_entropy();
+    for (int i = 0; i < d->n; i++) d->n_train += d->texts[i].n_train;
+    d->train = malloc(d->n_train + 1);
+    if (!d->train) return fail(e, "out of memory for %zu bytes of text", d->n_train);
+    size_t at = 0;
+    for (int i = 0; i < d->n; i++) {
+        const Text *t = &d->texts[i];
+        d->lengths[i] = t->n_train;
+        memcpy(d->train + at, t->bytes, t->n_train);
+        at += t->n_train;
+        d->n_held_out += t->n - t->n_train;
+        uint64_t sizes[2] = {t->n, t->n_train};
+        d->hash = hash_bytes(hash_bytes(d->hash, sizes, sizeof sizes), t->bytes, t->n);
+        if (i < n_files && t->n_train <= (size_t)opt.seq)
+            return fail(e, "%s has %zu bytes for training, less than one window of --seq %lld + 1: "
+                           "use a smaller --seq or more text",
+                        t->name, t->n_train, (long long)opt.seq);
+    }
+    return 0;
+}
+
+// ---- The run -----------------------------------------------------------------------------------
+
+typedef struct {
+    Cli cli;
+    Config config;
+    Data data;
+    const Backend *backend;
+    Model model, scorer;  // scorer: the same parameters, planned for inference
+    real *host;           // n_params: on their way to a file or to the scorer
+    int64_t step;         // steps taken and seen by the host
+    double best;          // lowest held-out loss so far in nats per byte
+    int64_t best_step;
+    FILE *log;
+    double started, last_seen, last_print;
+    int64_t first_step;  // of this process
+    bool terminal, line_open;
+} Run;
+
+static volatile sig_atomic_t stop_signal;
+static void on_signal(int s) { stop_signal = s; }
+
+static double bits(double nats) { return nats / 0.6931471805599453; }
+
+// Ends the line that redraws itself, before anything else is printed.
+static void end_line(Run *r) {
+    if (r->line_open) fputc('\n', stderr);
+    r->line_open = false;
+}
+
+// The training figures of the last step, at most ten times a second on a terminal and every five
+// seconds elsewhere.
+static void print_progress(Run *r, const StepFigures *f, bool now_please) {
+    double t = now();
+    if (!now_please && t - r->last_print < (r->terminal ? 0.1 : 5)) return;
+    r->last_print = t;
+    double steps = (double)(r->step - r->first_step), seconds = t - r->started;
+    double bytes = steps * (double)opt.batch * (double)opt.seq * (double)opt.accum / seconds;
+    double flops = 6.0 * (double)(r->model.n_params - (size_t)V * (size_t)r->config.channels);
+    int left = (int)((double)(opt.steps - r->step) * seconds / (steps > 0 ? steps : 1));
+    fprintf(stderr, "%sstep %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
+                    "lr %.2e  %dm%02ds left%s",
+            r->terminal ? "\r" : "", (long long)r->step, (long long)opt.steps, (double)f->loss,
+            bits(f->loss), bytes, flops * bytes / 1e9, (double)f->lr, left / 60, left % 60,
+            r->terminal ? "  " : "\n");
+    r->line_open = r->terminal;
+    fflush(stderr);
+}
+
+// The first tensor whose gradient is not finite, or "the loss".
+static const char *find_culprit(Run *r) {
+    const Model *m = &r->model;
+    model_read(m, r->host, m->grads);
+    for (int i = 0; i < m->n_tensors; i++)
+        for (size_t j = 0; j < m->tensors[i].size; j++)
+            if (!isfinite(r->host[m->tensors[i].offset + j])) return m->tensors[i].name;
+    return "the loss";
+}
+
+// A loss or gradient was not finite. The backend has changed nothing since, so its gradients are
+// still those of that step.
+static void stop_not_finite(Run *r, const StepFigures *f) {
+    Error e;
+    fail(&e, "step %lld: %s is not finite (loss %g, gradient norm %g). That step changed nothing; "
+             "the last good checkpoint stays in %s. Try a lower --lr, a longer --warmup or --clip 1",
+         (long long)r->step + 1, find_culprit(r), (double)f->loss, (double)f->grad_norm, opt.out);
+    end_line(r);
+    die(&r->cli, &e);
+}
+
+// Fetches the figures of the steps queued so far into log and terminal.
+static void see_steps(Run *r, int64_t queued) {
+    static StepState state;
+    r->backend->download(&state, r->model.state, sizeof state);
+    const char *trouble = r->backend->error();
+    if (trouble) {
+        Error e;
+        fail(&e, "step %lld: %s", (long long)r->step + 1, trouble);
+        end_line(r);
+        die(&r->cli, &e);
+    }
+    for (; r->step < (int64_t)state.step; r->step++) {
+        const StepFigures *f = &state.ring[r->step % RING];
+        fprintf(r->log, "%lld\t%.9g\tnan\t%.9g\t%.9g\n", (long long)r->step + 1, (double)f->loss,
+                (double)f->grad_norm, (double)f->lr);
+    }
+    fflush(r->log);
+    r->last_seen = now();
+    if (r->step < queued) stop_not_finite(r, &state.ring[r->step % RING]);
+    print_progress(r, &state.ring[(r->step - 1) % RING], queued == opt.steps);
+}
+
+// Held-out loss of the averaged or the current parameters, nats per byte; leaves them in r->host.
+static double held_out_loss(Run *r) {
+    const Data *d = &r->data;
+    double sum = 0, nats;
+    Error e;
+    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
+    model_write(&r->scorer, r->scorer.params, r->host);
+    for (int i = 0; i < d->n; i++) {
+        const Text *t = &d->texts[i];
+        if (model_score(&r->scorer, t->bytes, t->n, t->n_train, &nats, NULL, &e))
+            die(&r->cli, &e);
+        sum += nats;
+    }
+    return sum / (double)d->n_held_out;
+}
+
+// ---- The folder: model.safetensors, state.safetensors, log.tsv -------------------------------------
+
+static const char *path_in_out(char *buffer, size_t size, const char *name) {
+    snprintf(buffer, size, "%s/%s", opt.out, name);
+    return buffer;
+}
+
+// The best parameters so far, for others to use; r->host holds them.
+static void save_model(Run *r, double held_out) {
+    char path[4096], loss[32], step[32];
+    snprintf(loss, sizeof loss, "%.6f", held_out);
+    snprintf(step, sizeof step, "%lld", (long long)r->step);
+    Pair pairs[] = {{"step", step}, {"held_out_nats_per_byte", loss}};
+    Role role = {"", r->host};
+    Error e;
+    if (checkpoint_save(path_in_out(path, sizeof path, "model.safetensors"), &r->model, &role, 1,
+                        pairs, 2, &e))
+        die(&r->cli, &e);
+}
+
+static const char *saved_key(int i) {
+    static char keys[N_OPTIONS][64];
+    snprintf(keys[i], sizeof keys[i], "option.%s", table[i].name);
+    return keys[i];
+}
+
+// All that resuming needs: the training arrays, the step, and every option that makes the run what
+// it is. Random numbers need nothing: they are a function of seed and step.
+static void save_state(Run *r) {
+    const Model *m = &r->model;
+    const struct { const char *name; const real *from; } arrays[] = {
+        {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
+    char path[4096], numbers[4][32];
+    static char values[N_OPTIONS][4096];
+    Pair pairs[N_OPTIONS + 5];
+    Role roles[4];
+    int n_pairs = 0, n_roles = 0;
+    snprintf(numbers[0], 32, "%lld", (long long)r->step);
+    snprintf(numbers[1], 32, "%a", r->best);
+    snprintf(numbers[2], 32, "%lld", (long long)r->best_step);
+    snprintf(numbers[3], 32, "%016llx", (unsigned long long)r->data.hash);
+    pairs[n_pairs++] = (Pair){"step", numbers[0]};
+    pairs[n_pairs++] = (Pair){"best", numbers[1]};
+    pairs[n_pairs++] = (Pair){"best_step", numbers[2]};
+    pairs[n_pairs++] = (Pair){"text", numbers[3]};
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (table[i].saved)
+            pairs[n_pairs++] = (Pair){saved_key(i), option_text(&table[i], values[i], 4096)};
+    for (int i = 0; i < 4; i++) {
+        if (!arrays[i].from) continue;
+        real *host = r->host + (size_t)n_roles * m->n_params;
+        model_read(m, host, arrays[i].from);
+        roles[n_roles++] = (Role){arrays[i].name, host};
+    }
+    Error e;
+    if (checkpoint_save(path_in_out(path, sizeof path, "state.safetensors"), m, roles, n_roles,
+                        pairs, n_pairs, &e))
+        die(&r->cli, &e);
+}
+
+// Takes a saved run's options for those not given; refuses one that is given and differs. Only
+// --steps may change: it moves the end of the learning-rate schedule.
+static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
+    for (int i = 0; i < N_OPTIONS; i++) {
+        char given[4096];
+        Option *o = &table[i];
+        const char *saved = o->saved ? checkpoint_get(ck, saved_key(i)) : NULL;
+        if (!o->saved) continue;
+        if (!saved) return fail(e, "%s: no %s in its metadata", ck->name, saved_key(i));
+        if (o->given && strcmp(option_text(o, given, sizeof given), saved) != 0) {
+            if (strcmp(o->name, "steps") != 0)
+                return fail(e, "%s: that run has --%s %s, not %s; leave the option out to go on "
+                               "with it", ck->name, o->name, *saved ? saved : "(none)", given);
+            fprintf(stderr, "note: --steps was %s: the learning rate now falls until %s\n", saved,
+                    given);
+        } else if (o->kind == OPT_FLAG) {
+            *(bool *)o->value = strcmp(saved, "yes") == 0;
+        } else if (o->kind != OPT_TEXT || *saved) {
+            parse_value(cli, o, strcpy(malloc(strlen(saved) + 1), saved));
+        }
+    }
+    return 0;
+}
+
+static int parse_int64(const char *text, int64_t *x) {
+    char *end;
+    if (!text) return -1;
+    *x = strtoll(text, &end, 10);
+    return *text && !*end ? 0 : -1;
+}
+
+// Parameters, moments, average, step and best of the state file; the log is cut back to that step.
+static int load_state(Run *r, const Checkpoint *ck, Error *e) {
+    Model *m = &r->model;
+    const struct { const char *name; real *to; } arrays[] = {
+        {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
+    char hash[32], *end;
+    if (checkpoint_match(ck, &r->config, e)) return -1;
+    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->data.hash);
+    const char *text = checkpoint_get(ck, "text"), *best = checkpoint_get(ck, "best");
+    if (!text || strcmp(text, hash) != 0)
+        return fail(e, "%s: that run had another text (or another split of it): give the same "
+                       "files in the same order", ck->name);
+    if (!best || parse_int64(checkpoint_get(ck, "step"), &r->step) ||
+        parse_int64(checkpoint_get(ck, "best_step"), &r->best_step) || r->step < 0 ||
+        r->step > UINT32_MAX)
+        return fail(e, "%s: step, best or best_step is missing or no number", ck->name);
+    r->best = strtod(best, &end);
+    for (int i = 0; i < 4; i++) {
+        if (!arrays[i].to) continue;
+        if (checkpoint_read(ck, arrays[i].name, r->host, e)) return -1;
+        model_write(m, arrays[i].to, r->host);
+    }
+    StepState *state = calloc(1, sizeof *state);
+    if (!state) return fail(e, "out of memory");
+    state->step = (uint32_t)r->step;
+    r->backend->upload(m->state, state, sizeof *state);
+    free(state);
+    return 0;
+}
+
+static const char *machine_name(char *buffer, size_t size) {
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    char line[256];
+    snprintf(buffer, size, "unknown CPU");
+    while (f && fgets(line, sizeof line, f)) {
+        char *name = strstr(line, "model name") == line ? strchr(line, ':') : NULL;
+        if (!name) continue;
+        name[strcspn(name, "\n")] = 0;
+        snprintf(buffer, size, "%s", name + 2);
+        break;
+    }
+    if (f) fclose(f);
+    return buffer;
+}
+
+static int threads_in_use(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// A new log with its header, or on resuming the old one without the rows after r->step.
+static int open_log(Run *r, bool resumed, Error *e) {
+    char path[4096], line[8192], name[128], value[4096];
+    path_in_out(path, sizeof path, "log.tsv");
+    FILE *old = resumed ? fopen(path, "r") : NULL;
+    Output out;
+    if (output_open(&out, path, true, e)) return -1;
+    if (old) {
+        while (fgets(line, sizeof line, old))
+            if (line[0] == '#' || line[0] == 's' || atoll(line) <= r->step) fputs(line, out.file);
+        fclose(old);
+        fprintf(out.file, "# resumed at step %lld\n", (long long)r->step);
+    } else {
+        fprintf(out.file, "# fuzzytok.c on %s, %s backend, %d threads\n",
+                machine_name(name, sizeof name), r->backend->name, threads_in_use());
+        fprintf(out.file, "# %zu parameters, receptive field %lld bytes\n#", r->model.n_params,
+                (long long)config_receptive_field(&r->config));
+        for (int i = 0; i < N_OPTIONS; i++)
+            if (table[i].saved)
+                fprintf(out.file, " --%s %s", table[i].name,
+                        option_text(&table[i], value, sizeof value));
+        fprintf(out.file, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
+    }
+    if (output_commit(&out, e)) return -1;
+    r->log = fopen(path, "a");
+    return r->log ? 0 : fail(e, "cannot write %s: %s", path, strerror(errno));
+}
+
+// Makes opt.out. A finished or interrupted run that is there already is moved aside, not lost.
+static int make_folder(Error *e) {
+    char path[4096], aside[4096];
+    struct stat st;
+    path_in_out(path, sizeof path, "state.safetensors");
+    if (stat(path, &st) == 0) {
+        for (int i = 1; i < 100000; i++) {
+            snprintf(aside, sizeof aside, "%s.%d", opt.out, i);
+            if (stat(aside, &st) != 0) break;
+        }
+        if (rename(opt.out, aside))
+            return fail(e, "cannot move the earlier run %s aside: %s", opt.out, strerror(errno));
+        fprintf(stderr, "note: the run that was in %s is now in %s\n", opt.out, aside);
+    }
+    if (mkdir(opt.out, 0777) && errno != EEXIST)
+        return fail(e, "cannot make the folder %s: %s", opt.out, strerror(errno));
+    if (stat(opt.out, &st) || !S_ISDIR(st.st_mode) || access(opt.out, W_OK))
+        return fail(e, "cannot write into %s, expected a folder: choose another --out", opt.out);
+    return 0;
+}
+
+// ---- Beginning, steps, end ---------------------------------------------------------------------
+
+// A text that the parameters in r->host write by themselves, on standard output.
+static void print_sample(Run *r) {
+    Stream s;
+    Error e;
+    const Sampler sampler = {.temperature = 0.8, .top_p = 1, .seed = opt.seed};
+    real logits[V];
+    int id = '\n';  // as if a line had just ended
+    if (opt.sample_bytes == 0) return;
+    if (stream_open(&s, &r->config, r->host, 1, &e)) die(&r->cli, &e);
+    stream_begin(&s, 1);
+    for (int64_t i = 0; i < opt.sample_bytes; i++) {
+        stream_push(&s, &id, NULL, logits);
+        id = stream_sample(&s, &sampler, logits, 0);
+        bool control = id < 32 && id != '\n' && id != '\t';
+        putchar(control && isatty(1) ? '?' : id);  // a terminal would obey control bytes
+    }
+    printf("\n");
+    fflush(stdout);
+    stream_free(&s);
+}
+
+static void apply_preset(const Cli *cli) {
+    char words[512], *save;
+    snprintf(words, sizeof words, "%s", presets[opt.preset]);
+    for (char *word = strtok_r(words, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
+        Option *o = find_option(cli, word + 2, strlen(word + 2));
+        char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &save);
+        if (o->given) continue;
+        if (value)
+            parse_value(cli, o, value);
+        else
+            *(bool *)o->value = true;
+    }
+}
+
+static Config config_of_options(void) {
+    Config c = {.channels = (int)opt.channels, .latent = (int)(opt.latent ? opt.latent : opt.channels),
+                .taps = (int)opt.taps, .blocks = (int)opt.blocks, .n_dilations = opt.dilations.n,
+                .form = (BlockForm)opt.form, .tie = opt.tie, .softcap = (float)opt.softcap};
+    memcpy(c.dilations, opt.dilations.v, sizeof c.dilations);
+    return c;
+}
+
+static Training training_of_options(void) {
+    return (Training){
+        .dropout = (float)opt.dropout, .byte_dropout = (float)opt.byte_dropout, .seed = opt.seed,
+        .passes = (int)opt.accum,
+        .hyper = {.steps = opt.steps, .warmup = opt.warmup, .lr = opt.lr, .min_lr = opt.min_lr,
+                  .beta1 = opt.beta1, .beta2 = opt.beta2, .eps = 1e-8,
+                  .weight_decay = opt.weight_decay, .clip = opt.clip, .ema = opt.ema}};
+}
+
+// Plans both models. The scorer's windows are long enough that little of one is only context.
+static int open_models(Run *r, Error *e) {
+    Training training = training_of_options();
+    int64_t context = config_receptive_field(&r->config), N = opt.batch * opt.seq;
+    int64_t T = opt.seq > 4 * context ? opt.seq : 4 * context, B = N / T > 1 ? N / T : 1;
+    if (N > 1 << 27 || T > 1 << 27)
+        return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
+                       "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
+    if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e) ||
+        model_open(&r->scorer, r->backend, &r->config, (int)B, (int)T, NULL, e))
+        return -1;
+    r->host = malloc(4 * r->model.n_params * sizeof *r->host);
+    if (!r->host) return fail(e, "out of memory");
+    const Data *d = &r->data;
+    return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
+}
+
+static void print_plan(const Run *r) {
+    const Model *m = &r->model;
+    char name[128];
+    fprintf(stderr, "fuzzytok.c on %s, %s backend, %d threads\n", machine_name(name, sizeof name),
+            r->backend->name, threads_in_use());
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        char shape[48];
+        int used = snprintf(shape, sizeof shape, "(%d", t->dims[0]);
+        for (int j = 1; j < t->ndim; j++)
+            used += snprintf(shape + used, sizeof shape - (size_t)used, ",%d", t->dims[j]);
+        fprintf(stderr, "  %-28s %s) %s\n", t->name, shape, t->decay ? "decayed" : "");
+    }
+    fprintf(stderr, "%zu parameters, receptive field %lld bytes\n", m->n_params,
+            (long long)config_receptive_field(&r->config));
+    for (int i = 0; i < m->n_memory; i++)
+        fprintf(stderr, "  %-20s %10.2f MB\n", m->memory[i].role, (double)m->memory[i].bytes / 1e6);
+    fprintf(stderr, "%.1f MB to train, %.1f MB to evaluate\n", (double)model_memory(m) / 1e6,
+            (double)model_memory(&r->scorer) / 1e6);
+    for (int i = 0; i < r->data.n; i++) {
+        const Text *t = &r->data.texts[i];
+        fprintf(stderr, "%s: %zu bytes, of them %zu held out\n", t->name, t->n, t->n - t->n_train);
+    }
+    if (r->data.floor > 0)
+        fprintf(stderr, "its entropy is known: no model gets below %.4f bits/byte\n",
+                r->data.floor);
+}
+
+// Held-out loss into terminal and log; the best parameters and the state into the folder.
+static void evaluate(Run *r) {
+    bool better = true;
+    double loss = NAN;
+    if (r->data.n_held_out > 0) {
+        loss = held_out_loss(r);
+        better = loss < r->best;
+        end_line(r);
+        fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
+                (long long)r->step, loss, bits(loss), exp(loss));
+        if (r->data.floor > 0)
+            fprintf(stderr, ", %.4f bits/byte above the floor", bits(loss) - r->data.floor);
+        fprintf(stderr, "%s\n", better ? "  (best so far)" : "");
+        fprintf(r->log, "%lld\tnan\t%.9g\tnan\tnan\n", (long long)r->step, loss);
+        fflush(r->log);
+    } else {
+        model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
+    }
+    if (better) {
+        r->best = loss;
+        r->best_step = r->step;
+        save_model(r, loss);
+    }
+    if (opt.sample_every && r->step % opt.sample_every == 0 && r->step < opt.steps)
+        print_sample(r);
+    save_state(r);
+}
+
+static void train(Run *r) {
+    r->first_step = r->step;
+    r->started = r->last_seen = now();
+    for (int64_t queued = r->step; r->step < opt.steps && !stop_signal;) {
+        model_train_step(&r->model);
+        queued++;
+        bool due = queued % opt.eval_every == 0 || queued == opt.steps ||
+                   (opt.sample_every && queued % opt.sample_every == 0);
+        if (due || stop_signal || queued - r->step >= RING / 2 || now() - r->last_seen > 0.1)
+            see_steps(r, queued);
+        if (due) evaluate(r);
+    }
+    end_line(r);
+}
+
+static int begin(Run *r, Error *e) {
+    Checkpoint ck = {0};
+    char path[4096];
+    if (opt.resume) {
+        opt.out = opt.resume;
+        path_in_out(path, sizeof path, "state.safetensors");
+        if (checkpoint_open(&ck, path, e)) return -1;
+        if (!ck.is_state) return fail(e, "%s is a model, not the state of a run", path);
+        if (take_saved_options(&r->cli, &ck, e)) return -1;
+    }
+    r->config = config_of_options();
+    r->best = INFINITY;
+    if (config_check(&r->config, e)) return -1;
+    if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e) ||
+        load_data(&r->data, &r->cli, e) || open_models(r, e))
+        return -1;
+    int failed = opt.resume ? load_state(r, &ck, e) : model_init_params(&r->model, opt.seed, e);
+    checkpoint_close(&ck);
+    if (failed || (!opt.resume && make_folder(e)) || open_log(r, opt.resume != NULL, e)) return -1;
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    static Run run;
+    Run *r = &run;
+    Error e;
+    r->cli = (Cli){"train", "usage: ./train [options] [FILE...]      FILE - is standard input",
+                   "Trains a byte-level causal-convolution language model on the FILEs, or on a\n"
+                   "built-in corpus, and writes DIR/model.safetensors (the best on held-out text),\n"
+                   "DIR/state.safetensors (to go on with --resume DIR) and DIR/log.tsv.",
+                   table, N_OPTIONS, NULL, 0};
+    parse_options(&r->cli, argc, argv);
+    apply_preset(&r->cli);
+    if (opt.resume && find_option(&r->cli, "out", 3)->given)
+        usage_error(&r->cli, "--resume DIR goes on in DIR: leave --out out%s%s", "", "");
+#ifdef _OPENMP
+    if (opt.threads) omp_set_num_threads((int)opt.threads);
+#endif
+    r->terminal = isatty(2);
+    if (begin(r, &e)) die(&r->cli, &e);
+    print_plan(r);
+
+    struct sigaction action = {.sa_handler = on_signal};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    train(r);
+    if (r->step < opt.steps) {
+        save_state(r);
+        fprintf(stderr, "stopped after step %lld; go on with: ./train --resume %s\n",
+                (long long)r->step, opt.out);
+        return 0;
+    }
+    fprintf(stderr, "%.1f s; best held-out loss %.4f nats/byte at step %lld: %s/model.safetensors\n",
+            now() - r->started, r->best, (long long)r->best_step, opt.out);
+    print_sample(r);
+    return 0;
+}
