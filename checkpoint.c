@@ -27,9 +27,7 @@ enum {
 };
 static const char version[] = "1";
 
-// FNV-1a, 64 bits: for damage, not for malice. checksum_start is the hash of nothing.
-static const uint64_t checksum_start = 0xcbf29ce484222325u;
-static uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n) {
+uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n) {
     for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
     return hash;
 }
@@ -327,7 +325,7 @@ static int write_file(FILE *f, const Text *header, size_t checksum_at, const Ite
     for (int b = 0; b < 8; b++) length[b] = (uint8_t)((uint64_t)header->n >> (8 * b));
     fwrite(length, 1, sizeof length, f);
     fwrite(header->s, 1, header->n, f);
-    uint64_t hash = checksum_add(checksum_start, header->s, header->n);
+    uint64_t hash = checksum_add(CHECKSUM_START, header->s, header->n);
     for (size_t i = 0; i < n_items; i++)
         if (write_values(f, &items[i], &hash, e)) return -1;
     if (!ferror(f) && fseeko(f, (off_t)(sizeof length + checksum_at), SEEK_SET) == 0)
@@ -730,7 +728,7 @@ static int read_at(const Checkpoint *ck, uint64_t offset, void *to, size_t n, Er
 static int verify_checksum(const Checkpoint *ck, Error *e) {
     const char *said = checkpoint_get(ck, "checksum");
     if (!said) return 0;
-    uint64_t hash = checksum_start, digits_at = 8 + (uint64_t)(said - ck->header);
+    uint64_t hash = CHECKSUM_START, digits_at = 8 + (uint64_t)(said - ck->header);
     uint8_t bytes[4 * CHUNK];
     for (uint64_t at = 8; at < ck->size; at += sizeof bytes) {
         size_t n = ck->size - at < sizeof bytes ? (size_t)(ck->size - at) : sizeof bytes;

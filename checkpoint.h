@@ -34,6 +34,10 @@ int output_commit(Output *out, Error *e);
 // Gives up: removes the temporary file. Takes a zeroed Output, and one that is closed already.
 void output_abandon(Output *out);
 
+// FNV-1a, 64 bits, over one piece after another, from CHECKSUM_START: for damage, not for malice.
+#define CHECKSUM_START 0xcbf29ce484222325u
+uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n);
+
 // ---- Writing ------------------------------------------------------------------------------------
 
 // One line of __metadata__. A byte that is not UTF-8 is written as U+FFFD. The keys "format",

@@ -1076,9 +1076,8 @@ static void weight_block(real *dw, real *db, const real *x, const real *dy, cons
             int span = s->T - t0 < SPAN ? (int)(s->T - t0) : SPAN;
             const real *dy0 = dy + ((size_t)n * s->T + (size_t)t0) * s->O + o0;
             const real *x0 = x + ((size_t)n * s->T + (size_t)(t0 - reach)) * s->C;
-            for (int t = 0; t < span; t++)
-                for (int j = 0; j < COLS; j++)
-                    panel[t][j] = j < cols ? dy0[(size_t)t * s->O + j] : 0;
+            if (cols < COLS) memset(panel, 0, sizeof panel);
+            for (int t = 0; t < span; t++) copy_row(panel[t], dy0 + (size_t)t * s->O, cols);
             for (int t = 0; t < span && db; t++)
                 for (int j = 0; j < cols; j++) db[o0 + j] += panel[t][j];
             for (int c0 = c_begin; c0 < c_end; c0 += ROWS) {

@@ -8,9 +8,14 @@
 
 #include <stdlib.h>
 
-enum { PANEL = 128 };  // output channels of a panel: as many as conv_rows takes of a lone row
+enum {
+    PANEL = 128,  // output channels of a panel: as many as conv_rows takes of a lone row
+    // Weights of an average layer from which threads gain more by sharing it than they lose by
+    // waiting for each other.
+    WORTH_THREADS = 1 << 16,
+};
 
-// ---- Memory: all weights in one allocation, all that changes in another --------------------------
+// ---- Memory: all weights in one allocation, all that changes in another -------------------------
 
 // Hands out pieces of an allocation, each at a multiple of 64 bytes; with base NULL it only counts.
 typedef struct {
@@ -131,12 +136,13 @@ int stream_open(Stream *s, const Config *config, const real *params, int capacit
             s->state = state.base = aligned(state.used);
         }
         if (!s->weights || !s->state)
-            status = fail(e, "%d streams of this model need %.3g GB of memory, and %.3g GB are free",
-                          capacity, need / 1e9, there / 1e9);
+            status = fail(e, "%d streams need %.3g GB of memory, and %.3g GB are free", capacity,
+                          need / 1e9, there / 1e9);
     }
     if (status == 0) {
         weights.used = state.used = 0;
         place(s, &m, params, &weights, &state);
+        s->layer_weights = weights.used / (size_t)(m.L + 2);
         if (!s->head.weight) status = fail(e, "out of memory");
     }
     model_free(&m);
@@ -158,6 +164,8 @@ void stream_free(Stream *s) {
 void stream_begin(Stream *s, int S) {
     s->S = S;
     s->position = 0;
+    // One stream is limited by reading weights; from about six on, arithmetic is.
+    s->parallel = s->layer_weights * (size_t)(S + 5) / 6 >= WORTH_THREADS;
     const real **rows = s->row_space;
     for (int l = 0; l < s->L; l++) {
         s->convs[l].rows = rows;
@@ -171,7 +179,7 @@ void stream_begin(Stream *s, int S) {
     s->z_rows = rows + S;
 }
 
-// ---- One byte ------------------------------------------------------------------------------------
+// ---- One byte -----------------------------------------------------------------------------------
 
 // Row of stream 0 at time t in a layer's ring; the other streams' rows follow it.
 static real *ring_row(const Stream *s, const StreamConv *v, uint64_t t) {
@@ -263,7 +271,7 @@ void stream_push(Stream *s, const int *ids, real *latents, real *logits) {
     s->position++;
 }
 
-// ---- The next byte -------------------------------------------------------------------------------
+// ---- The next byte ------------------------------------------------------------------------------
 
 typedef struct {
     double p;

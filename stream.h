@@ -46,6 +46,7 @@ typedef struct {
     real *x, *pre, *h, *z;  // (capacity,C), (capacity,C), (capacity,C), (capacity,D)
     const real *zero_row;   // (C): what lies before the text
     const real **h_rows, **z_rows;
+    size_t layer_weights;   // on average
     bool parallel;          // worth the threads' waiting for each other
     real *weights, *state;  // the allocations that all of the above lie in
     const real **row_space;

@@ -306,7 +306,7 @@ static void save_state(Run *r) {
     const struct { const char *name; const real *from; } arrays[] = {
         {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
     char path[4096], numbers[4][32];
-    static char values[N_OPTIONS][4096];
+    static char values[N_OPTIONS][4096], files[1 << 16];
     Pair pairs[N_OPTIONS + 5];
     Role roles[4];
     int n_pairs = 0, n_roles = 0;
@@ -318,6 +318,9 @@ static void save_state(Run *r) {
     pairs[n_pairs++] = (Pair){"best", numbers[1]};
     pairs[n_pairs++] = (Pair){"best_step", numbers[2]};
     pairs[n_pairs++] = (Pair){"text", numbers[3]};
+    for (int i = 0, used = 0; i < r->cli.n_files; i++)
+        used += snprintf(files + used, sizeof files - (size_t)used, "%s\n", r->cli.files[i]);
+    pairs[n_pairs++] = (Pair){"files", files};
     for (int i = 0; i < N_OPTIONS; i++)
         if (table[i].saved)
             pairs[n_pairs++] = (Pair){saved_key(i), option_text(&table[i], values[i], 4096)};
@@ -331,6 +334,13 @@ static void save_state(Run *r) {
     if (checkpoint_save(path_in_out(path, sizeof path, "state.safetensors"), m, roles, n_roles,
                         pairs, n_pairs, &e))
         die(&r->cli, &e);
+}
+
+// A copy that outlives the checkpoint: options and file names stay until the program ends.
+static char *copy_text(const char *text) {
+    char *copy = malloc(strlen(text) + 1);
+    if (!copy) abort();
+    return strcpy(copy, text);
 }
 
 // Takes a saved run's options for those not given; refuses one that is given and differs. Only
@@ -351,9 +361,24 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
         } else if (o->kind == OPT_FLAG) {
             *(bool *)o->value = strcmp(saved, "yes") == 0;
         } else if (o->kind != OPT_TEXT || *saved) {
-            parse_value(cli, o, strcpy(malloc(strlen(saved) + 1), saved));
+            parse_value(cli, o, copy_text(saved));
         }
     }
+    return 0;
+}
+
+// The texts of a saved run, one name a line, where none is given. (Standard input must be again.)
+static int take_saved_files(Cli *cli, const Checkpoint *ck, Error *e) {
+    const char *saved = checkpoint_get(ck, "files");
+    if (!saved) return fail(e, "%s: no files in its metadata", ck->name);
+    if (cli->n_files) return 0;
+    char *names = copy_text(saved), *save;
+    size_t most = 1;
+    for (const char *p = names; *p; p++) most += *p == '\n';
+    cli->files = calloc(most, sizeof *cli->files);
+    if (!cli->files) return fail(e, "out of memory");
+    for (char *name = strtok_r(names, "\n", &save); name; name = strtok_r(NULL, "\n", &save))
+        cli->files[cli->n_files++] = name;
     return 0;
 }
 
@@ -616,7 +641,7 @@ static int begin(Run *r, Error *e) {
         path_in_out(path, sizeof path, "state.safetensors");
         if (checkpoint_open(&ck, path, e)) return -1;
         if (!ck.is_state) return fail(e, "%s is a model, not the state of a run", path);
-        if (take_saved_options(&r->cli, &ck, e)) return -1;
+        if (take_saved_options(&r->cli, &ck, e) || take_saved_files(&r->cli, &ck, e)) return -1;
     }
     r->config = config_of_options();
     r->best = INFINITY;

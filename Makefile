@@ -1,0 +1,132 @@
+# make            every program, with CUDA where nvcc is found       make test      all tests
+# make demo       train on the built-in corpus for a minute          make doctor    what was found
+# Override on the command line: CC=clang  NVCC=  (no CUDA)  ARCH=90a  OPENMP=  (one thread)
+
+# ---- What this machine has. Every probe compiles or runs something; none trusts a name alone. ----
+
+try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && \
+	echo '$(1)')
+OPENMP := $(or $(call try,-fopenmp),$(call try,-Xpreprocessor -fopenmp -lomp),$(call try,-fopenmp-simd))
+NATIVE := $(call try,-march=native)
+CONTRACT := $(call try,-ffp-contract=fast)
+NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+ifneq ($(NVCC),)
+# The GPU that is here, e.g. 9.0 -> 90; anything but digits is an error message and not an answer.
+CAPABILITY := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | \
+	tr -d '. \r' | grep -E '^[0-9]+$$')
+SUPPORTED := $(shell $(NVCC) --list-gpu-arch 2>/dev/null)
+endif
+
+# ---- Flags ----
+
+WARN := -Wall -Wextra -Wshadow
+# No -ffast-math: it removes the tests for NaN. -ffp-contract: a*b+c is one instruction. The two
+# -fno: nobody reads errno or floating-point traps, and loops with exp become vectors.
+CFLAGS ?= -O3 $(NATIVE)
+ALL_CFLAGS := -std=c11 $(CFLAGS) $(CONTRACT) -fno-math-errno -fno-trapping-math $(OPENMP) $(WARN) $(WERROR)
+ifeq ($(OPENMP),)
+ALL_CFLAGS += -Wno-unknown-pragmas
+endif
+LIBS := -lm
+
+ARCH ?= $(CAPABILITY)
+# 90 is built as 90a, which has Hopper's matrix instructions. No GPU here: code for those that are
+# common, and PTX that the driver compiles on newer ones.
+number = $(subst 90,90a,$(patsubst 90a,90,$(1)))
+ifneq ($(ARCH),)
+GENCODE := $(foreach a,$(ARCH),-gencode=arch=compute_$(call number,$(a)),code=sm_$(call number,$(a)))
+else
+GENCODE := $(foreach a,75 80 86 89 90,$(if $(filter compute_$(a),$(SUPPORTED)),\
+	-gencode=arch=compute_$(call number,$(a)),code=sm_$(call number,$(a)))) \
+	-gencode=arch=compute_80,code=compute_80
+endif
+
+CUDA_OBJECTS :=
+ifneq ($(NVCC),)
+ALL_CFLAGS += -DWITH_CUDA
+NVCC_FLAGS := -O3 $(GENCODE) -Xcompiler -Wall,-Wextra -DWITH_CUDA
+CUDA_OBJECTS := build/conv_kernels.o build/layers.o build/kernel_check.o
+CUDA_LIBS := $(shell $(NVCC) --dryrun x.cu 2>&1 | sed -n 's/^..*LIBRARIES=//p' | tr -d '"') \
+	-lcudart_static -ldl -lrt -lpthread -lstdc++
+endif
+
+# ---- Programs ----
+
+CORE := build/model.o build/checkpoint.o build/stream.o $(CUDA_OBJECTS)
+TESTS := test_gradcheck test_causality test_model test_sample test_kernels
+PROGRAMS := train sample bench data/language
+
+all: $(PROGRAMS) $(TESTS)
+	@echo "built for: $(if $(NVCC),CPU and CUDA ($(strip $(GENCODE))),CPU; no nvcc found, so no CUDA)"
+
+# A change of compiler, flags or architecture rebuilds everything.
+build/flags: FORCE
+	@mkdir -p build
+	@echo '$(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)' | cmp -s - $@ || \
+	 echo '$(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)' > $@
+FORCE:
+
+HEADERS := model.h checkpoint.h stream.h cli.h kernels.h test.h data/language.h
+build/%.o: %.c $(HEADERS) build/flags
+	$(CC) $(ALL_CFLAGS) -c $< -o $@
+build/language.o: data/language.c $(HEADERS) build/flags
+	$(CC) $(ALL_CFLAGS) -c $< -o $@
+build/%.o: %.cu $(HEADERS) build/flags
+	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+build/%_f64.o: %.c $(HEADERS) build/flags
+	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
+
+train: build/train.o build/language.o $(CORE)
+sample bench test_causality test_model test_sample test_kernels: %: build/%.o $(CORE)
+train sample bench test_causality test_model test_sample test_kernels:
+	$(CC) $(ALL_CFLAGS) $^ -o $@ $(CUDA_LIBS) $(LIBS)
+data/language: data/language.c data/language.h build/flags
+	$(CC) $(ALL_CFLAGS) -DLANGUAGE_MAIN $< -o $@ $(LIBS)
+test_gradcheck: build/test_gradcheck_f64.o build/model_f64.o test_gradcheck_f32
+	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(LIBS)
+test_gradcheck_f32: build/test_gradcheck.o build/model.o
+	$(CC) $(ALL_CFLAGS) $^ -o $@ $(LIBS)
+
+# ---- Use ----
+
+demo: train
+	./train --preset small --out out
+
+data/tinyshakespeare.txt:
+	@set -e; trap 'rm -f $@.part' EXIT; \
+	url=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt; \
+	sum=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed; \
+	if command -v curl >/dev/null; then curl -fsSL "$$url" -o $@.part; \
+	else wget -qO $@.part "$$url"; fi || { echo "$@: the download from $$url failed"; exit 1; }; \
+	if command -v sha256sum >/dev/null; then got=$$(sha256sum < $@.part); \
+	else got=$$(shasum -a 256 < $@.part); fi; \
+	[ "$${got%% *}" = $$sum ] || { echo "$@: got SHA-256 $${got%% *}, expected $$sum"; exit 1; }; \
+	mv $@.part $@
+
+# The loss curves of RUN (a folder) as RUN/loss.png.
+RUN ?= out
+plot:
+	@command -v gnuplot >/dev/null || { echo "make plot needs gnuplot: apt-get install gnuplot-nox \
+	(or brew install gnuplot); $(RUN)/log.tsv is plain text for any other plotter"; exit 1; }
+	@[ -f $(RUN)/log.tsv ] || { echo "$(RUN)/log.tsv is not there: train first, or name RUN=DIR"; \
+	exit 1; }
+	gnuplot -e "run='$(RUN)'" plot.gp
+	@echo "$(RUN)/loss.png"
+
+doctor:
+	@echo "compiler   $(CC): $$($(CC) --version | head -1)"
+	@echo "flags      $(ALL_CFLAGS)"
+	@echo "OpenMP     $(if $(filter-out -fopenmp-simd,$(OPENMP)),$(OPENMP),none: one thread)"
+	@echo "nvcc       $(if $(NVCC),$(NVCC): $$($(NVCC) --version | grep release),none: install the \
+	CUDA toolkit for the GPU, or go on without)"
+	@echo "driver     $$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | \
+	head -1 | grep -E '^[0-9.]+$$' || echo 'none found')"
+	@echo "GPU        $$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | \
+	grep . || echo 'none found') $(if $(CAPABILITY),(sm_$(CAPABILITY)))"
+	@echo "builds     $(if $(NVCC),CPU and CUDA: $(strip $(GENCODE)),CPU only)"
+
+# ---- Tests ----
+
+# Runs each test program and adds up their closing lines; fails if one fails or runs nothing.
+test: $(TESTS) train sample data/language
+	./run_tests.sh

@@ -1,0 +1,408 @@
+// bench.c: how fast every part is, beside the limit of the machine. Tables on standard output.
+//
+//   ./bench                      the default tables for the device that is here
+//   ./bench --only step,layers   some of them            ./bench --tsv > bench.tsv
+// Refuses: unknown tables, sizes beyond the memory. Read model.h first. Figures are medians; run it
+// on an otherwise idle machine.
+#define _POSIX_C_SOURCE 200809L
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cli.h"
+#include "stream.h"
+
+typedef struct {
+    int device;
+    const char *kernels, *only;
+    int64_t batch, seq, threads;
+    double seconds;
+    bool tsv;
+} Options;
+
+static Options opt = {.seconds = 1};
+static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
+static Option table[] = {
+    {"device", OPT_CHOICE, &opt.device, 0, 0, "NAME", "where to compute", device_names, 0, 0},
+    {"kernels", OPT_TEXT, &opt.kernels, 0, 0, "NAME", "naive, tiled ...: the GPU kernels", 0, 0, 0},
+    {"only", OPT_TEXT, &opt.only, 0, 0, "LIST", "tables by name, commas between", 0, 0, 0},
+    {"batch", OPT_INT, &opt.batch, 0, 1 << 20, "B", "of step and layers, 0 = the device's", 0, 0, 0},
+    {"seq", OPT_INT, &opt.seq, 0, 1 << 24, "T", "of step and layers, 0 = the device's", 0, 0, 0},
+    {"threads", OPT_INT, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores", 0, 0, 0},
+    {"seconds", OPT_REAL, &opt.seconds, 0.01, 600, "S", "spent on each figure", 0, 0, 0},
+    {"tsv", OPT_FLAG, &opt.tsv, 0, 0, NULL, "tab-separated values instead of columns", 0, 0, 0},
+};
+enum { N_OPTIONS = sizeof table / sizeof *table };
+
+static Cli cli = {"bench", "usage: ./bench [options]", "", table, N_OPTIONS, NULL, 0};
+static const Backend *backend;
+
+// ---- Printing and timing -----------------------------------------------------------------------
+
+static void title(const char *name, const char *what) {
+    printf(opt.tsv ? "# %s\t%s\n" : "\n%s: %s\n", name, what);
+}
+
+// One line of cells, the first one wide; tabs between them with --tsv.
+static void row(int n, const char *const *cells) {
+    for (int i = 0; i < n; i++)
+        printf(opt.tsv ? "%s%s" : i ? "%s%14s" : "%s%-30s", i && opt.tsv ? "\t" : "", cells[i]);
+    printf("\n");
+    fflush(stdout);
+}
+
+static const char *number(char *buffer, const char *format, double x) {
+    snprintf(buffer, 32, format, x);
+    return buffer;
+}
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Median seconds of f(arg), which waits for its own work; spread: (slowest - fastest) / median.
+static double median_seconds(void (*f)(void *), void *arg, double *spread) {
+    enum { MOST = 1000 };
+    static double t[MOST];
+    int n = 0;
+    f(arg);  // warm-up
+    for (double begin = now(); n < MOST && (n < 5 || now() - begin < opt.seconds); n++) {
+        double t0 = now();
+        f(arg);
+        t[n] = now() - t0;
+    }
+    qsort(t, (size_t)n, sizeof *t, by_size);
+    if (spread) *spread = (t[n * 9 / 10] - t[n / 10]) / t[n / 2];
+    return t[n / 2];
+}
+
+// ---- A model that trains on random bytes -------------------------------------------------------
+
+static Training training(void) {
+    return (Training){.seed = 1, .passes = 1,
+                      .hyper = {.steps = 1 << 30, .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.99,
+                                .eps = 1e-8, .clip = 1}};
+}
+
+// The paper's configuration at B x T on `be`; -1 where it does not fit.
+static int open_model(Model *m, const Backend *be, int B, int T, Error *e) {
+    Config c = config_paper();
+    Training t = training();
+    size_t n = (size_t)4 * T + 65536;
+    uint64_t length = n;
+    uint8_t *text = malloc(n);
+    if (!text) return fail(e, "out of memory");
+    for (size_t i = 0; i < n; i++)
+        text[i] = (uint8_t)philox(1, (uint32_t)i, 0, 0, RNG_TEST).v[0];
+    int failed = model_open(m, be, &c, B, T, &t, e);
+    if (!failed && (model_init_params(m, 1, e) || model_set_corpus(m, text, &length, 1, e))) {
+        model_free(m);
+        failed = -1;
+    }
+    free(text);
+    return failed;
+}
+
+// Waits until everything queued is done.
+static void finish(const Model *m) {
+    StepFigures f;
+    m->backend->download(&f, &m->state->ring[0], sizeof f);
+}
+
+static void one_step(void *m) {
+    model_train_step(m);
+    finish(m);
+}
+
+// 6 operations per parameter outside the embedding and byte: a multiply and an add forward, the
+// same twice backward.
+static double flops_per_byte(const Model *m) {
+    return 6.0 * (double)(m->n_params - (size_t)V * (size_t)m->config.channels);
+}
+
+static void step_row(const Backend *be, int B, int T) {
+    Model m;
+    Error e;
+    char c[6][32];
+    if (open_model(&m, be, B, T, &e)) die(&cli, &e);
+    double spread, s = median_seconds(one_step, &m, &spread), bytes = (double)B * T;
+    snprintf(c[0], 32, "%dx%d", B, T);
+    row(6, (const char *[]){c[0], number(c[1], "%.3f", s * 1e3), number(c[2], "%.0f", bytes / s),
+                            number(c[3], "%.1f", flops_per_byte(&m) * bytes / s / 1e9),
+                            number(c[4], "%.1f", (double)model_memory(&m) / 1e6),
+                            number(c[5], "%.0f%%", spread * 100)});
+    model_free(&m);
+}
+
+// The whole training step, and that its cost is linear in the bytes.
+static void step_table(void) {
+    bool cpu = backend == &cpu_backend;
+    title("step", "a training step of the paper's configuration (forward, backward, AdamW)");
+    row(6, (const char *[]){"batch x seq", "ms", "bytes/s", "GFLOP/s", "MB", "spread"});
+    if (opt.batch || opt.seq) {
+        step_row(backend, opt.batch ? (int)opt.batch : 16, opt.seq ? (int)opt.seq : 512);
+        return;
+    }
+    const int T[] = {128, 512, 2048};
+    for (int i = 0; i < 3; i++) step_row(backend, cpu ? 16 : 32, T[i]);
+}
+
+// ---- Where a step's time goes: a backend that times every call and passes it on -----------------
+
+enum { EMBED_F, EMBED_B, NORM_F, NORM_B, CONV_F, CONV_BI, CONV_BW, ACT_B, LOSS, SUM, BATCH, OPTIM,
+       N_TIMED };
+static const char *const timed_names[N_TIMED] = {
+    "embed_forward", "embed_backward", "norm_forward", "norm_backward", "conv_forward",
+    "conv_backward_input", "conv_backward_weight", "act_backward", "cross_entropy", "add_losses",
+    "draw_batch", "optimize"};
+static struct {
+    double seconds, flops;
+    int calls;
+} timed[N_TIMED];
+static const Model *timed_model;
+
+// Times one call; `flops` 0 for what only moves data.
+#define TIMED(entry, operations, call)           \
+    do {                                         \
+        finish(timed_model);                     \
+        double t0 = now();                       \
+        call;                                    \
+        finish(timed_model);                     \
+        timed[entry].seconds += now() - t0;      \
+        timed[entry].flops += (operations);      \
+        timed[entry].calls++;                    \
+    } while (0)
+
+static double conv_flops(ConvShape s) { return 2.0 * s.B * s.T * s.C * s.O * s.K; }
+
+static void t_embed_forward(act *x, const int *ids, const real *table_, const real *gain,
+                            const real *bias, size_t N, int C, void *work) {
+    TIMED(EMBED_F, 0, backend->embed_forward(x, ids, table_, gain, bias, N, C, work));
+}
+static void t_embed_backward(real *dtable, real *dgain, real *dbias, const act *dx, const int *ids,
+                             const real *table_, const real *gain, size_t N, int C, void *work) {
+    TIMED(EMBED_B, 0,
+          backend->embed_backward(dtable, dgain, dbias, dx, ids, table_, gain, N, C, work));
+}
+static void t_norm_forward(act *out, const act *x, const real *gain, const real *bias, size_t N,
+                           int C) {
+    TIMED(NORM_F, 0, backend->norm_forward(out, x, gain, bias, N, C));
+}
+static void t_norm_backward(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
+                            const real *gain, size_t N, int C, bool accumulate, void *work) {
+    TIMED(NORM_B, 0,
+          backend->norm_backward(dx, dgain, dbias, dout, x, gain, N, C, accumulate, work));
+}
+static void t_conv_forward(act *out, act *pre, const act *x, const real *w, const real *b,
+                           const act *res, Dropout drop, ConvShape s, void *work) {
+    TIMED(CONV_F, conv_flops(s), backend->conv_forward(out, pre, x, w, b, res, drop, s, work));
+}
+static void t_conv_backward_input(act *dx, act *a, const act *dy, const real *w, const act *pre,
+                                  Dropout drop, ConvShape s, bool accumulate, void *work) {
+    TIMED(CONV_BI, conv_flops(s),
+          backend->conv_backward_input(dx, a, dy, w, pre, drop, s, accumulate, work));
+}
+static void t_conv_backward_weight(real *dw, real *db, const act *x, const act *dy, ConvShape s,
+                                   void *work) {
+    TIMED(CONV_BW, conv_flops(s), backend->conv_backward_weight(dw, db, x, dy, s, work));
+}
+static void t_act_backward(act *dpre, const act *dout, const act *pre, Dropout drop, ConvShape s) {
+    TIMED(ACT_B, 0, backend->act_backward(dpre, dout, pre, drop, s));
+}
+static void t_cross_entropy(real *losses, act *logits, const int *targets, float cap, float scale,
+                            size_t N) {
+    TIMED(LOSS, 0, backend->cross_entropy(losses, logits, targets, cap, scale, N));
+}
+static void t_add_losses(StepState *state, const real *losses, size_t N, void *work) {
+    TIMED(SUM, 0, backend->add_losses(state, losses, N, work));
+}
+static void t_draw_batch(int *ids, int *targets, Corpus corpus, const StepState *state,
+                         uint64_t seed, uint32_t threshold, uint64_t first, int B, int T) {
+    TIMED(BATCH, 0, backend->draw_batch(ids, targets, corpus, state, seed, threshold, first, B, T));
+}
+static void t_optimize(real *params, real *grads, real *m, real *v, real *ema, size_t n,
+                       size_t n_decay, StepState *state, double loss_scale, Hyper h, void *work) {
+    TIMED(OPTIM, 0,
+          backend->optimize(params, grads, m, v, ema, n, n_decay, state, loss_scale, h, work));
+}
+
+static void layers_table(void) {
+    Backend b = *backend;
+    b.embed_forward = t_embed_forward;
+    b.embed_backward = t_embed_backward;
+    b.norm_forward = t_norm_forward;
+    b.norm_backward = t_norm_backward;
+    b.conv_forward = t_conv_forward;
+    b.conv_backward_input = t_conv_backward_input;
+    b.conv_backward_weight = t_conv_backward_weight;
+    b.act_backward = t_act_backward;
+    b.cross_entropy = t_cross_entropy;
+    b.add_losses = t_add_losses;
+    b.draw_batch = t_draw_batch;
+    b.optimize = t_optimize;
+    b.record = NULL;  // call by call
+    Model m;
+    Error e;
+    bool cpu = backend == &cpu_backend;
+    int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32, T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
+    if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
+    timed_model = &m;
+    model_train_step(&m);
+    memset(timed, 0, sizeof timed);
+    int steps = 0;
+    double total = 0;
+    for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
+        model_train_step(&m);
+    for (int i = 0; i < N_TIMED; i++) total += timed[i].seconds;
+    char what[96];
+    snprintf(what, sizeof what, "a step of %dx%d by operation (one at a time)", B, T);
+    title("layers", what);
+    row(5, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s"});
+    for (int i = 0; i < N_TIMED; i++) {
+        char c[4][32];
+        double s = timed[i].seconds / steps, f = timed[i].flops / steps;
+        row(5, (const char *[]){timed_names[i], number(c[0], "%.0f", (double)timed[i].calls / steps),
+                                number(c[1], "%.3f", s * 1e3),
+                                number(c[2], "%.1f%%", 100 * timed[i].seconds / total),
+                                f > 0 ? number(c[3], "%.1f", f / s / 1e9) : "-"});
+    }
+    model_free(&m);
+}
+
+// ---- Streaming: the limit is how fast the weights come from cache ------------------------------
+
+static const float *read_buffer;
+static size_t read_count;
+static volatile float read_sink;
+
+// Sums the buffer in 128 chains per thread: nothing but loads.
+static void read_once(void *unused) {
+    (void)unused;
+    float total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total)
+    for (size_t block = 0; block < read_count / 4096; block++) {
+        const float *p = read_buffer + block * 4096;
+        float sum[128] = {0};
+        for (int i = 0; i < 4096; i += 128)
+            for (int j = 0; j < 128; j++) sum[j] += p[i + j];
+        for (int j = 0; j < 128; j++) total += sum[j];
+    }
+    read_sink = total;
+}
+
+typedef struct {
+    Stream stream;
+    int ids[MAX_STREAMS];
+    real logits[MAX_STREAMS * V];
+} Push;
+
+// 100 bytes of every stream.
+static void push_bytes(void *arg) {
+    Push *p = arg;
+    for (int i = 0; i < 100; i++) {
+        stream_push(&p->stream, p->ids, NULL, p->logits);
+        for (int j = 0; j < p->stream.S; j++) p->ids[j] = (p->ids[j] * 5 + 1) % V;
+    }
+}
+
+static void set_threads(int n) {
+#ifdef _OPENMP
+    omp_set_num_threads(n);
+#else
+    (void)n;
+#endif
+}
+
+static int most_threads(void) {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// One line: the rate at which `threads` read as many bytes as a byte of text takes, and what
+// streams make of it.
+static void stream_row(Model *m, const real *params, int streams, int threads) {
+    static Push p;
+    Error e;
+    char c[6][32];
+    double weights = (double)(m->n_params - (size_t)V * (size_t)m->config.channels) * sizeof(real);
+    set_threads(threads);
+    double rate = weights / median_seconds(read_once, NULL, NULL);
+    memset(p.ids, 0, sizeof p.ids);
+    if (stream_open(&p.stream, &m->config, params, streams, &e)) die(&cli, &e);
+    stream_begin(&p.stream, streams);
+    double s = median_seconds(push_bytes, &p, NULL) / 100;
+    stream_free(&p.stream);
+    snprintf(c[0], 32, "%d stream%s, %d thread%s", streams, streams > 1 ? "s" : "", threads,
+             threads > 1 ? "s" : "");
+    row(6, (const char *[]){c[0], number(c[1], "%.0f", streams / s),
+                            number(c[2], "%.1f", weights / s / 1e9), number(c[3], "%.1f", rate / 1e9),
+                            number(c[4], "%.0f%%", 100 * weights / s / rate),
+                            number(c[5], "%.1f", weights / 1e6)});
+}
+
+static void stream_table(void) {
+    Model m;
+    Error e;
+    Config config = config_paper();
+    title("stream", "generating text with the paper's configuration, on the CPU");
+    if (model_open(&m, &cpu_backend, &config, 1, 1, NULL, &e) || model_init_params(&m, 1, &e))
+        die(&cli, &e);
+    read_buffer = m.params;
+    read_count = m.n_params - (size_t)V * (size_t)config.channels;
+    row(6, (const char *[]){"streams", "bytes/s", "weights GB/s", "read GB/s", "share", "MB a byte"});
+    int threads = most_threads();
+    stream_row(&m, m.params, 1, 1);
+    if (threads > 1) stream_row(&m, m.params, 1, threads);
+    stream_row(&m, m.params, 8, threads);
+    set_threads(threads);
+    model_free(&m);
+}
+
+// ---- The tables --------------------------------------------------------------------------------
+
+static const struct {
+    const char *name, *what;
+    void (*print)(void);
+} tables[] = {
+    {"step", "a whole training step at several lengths", step_table},
+    {"layers", "the same step by operation", layers_table},
+    {"stream", "generation on the CPU", stream_table},
+};
+enum { N_TABLES = sizeof tables / sizeof *tables };
+
+// Whether a table is in the list of --only.
+static bool wanted(const char *name) {
+    if (!opt.only) return true;
+    size_t n = strlen(name);
+    for (const char *p = opt.only; p; p = strchr(p, ',')) {
+        if (*p == ',') p++;
+        if (strncmp(p, name, n) == 0 && (p[n] == 0 || p[n] == ',')) return true;
+    }
+    return false;
+}
+
+int main(int argc, char **argv) {
+    Error e;
+    char about[1024] = "Measures every part on this machine. Tables:";
+    for (int i = 0; i < N_TABLES; i++)
+        snprintf(about + strlen(about), sizeof about - strlen(about), "\n  %-24s %s",
+                 tables[i].name, tables[i].what);
+    cli.about = about;
+    parse_options(&cli, argc, argv);
+    if (cli.n_files) usage_error(&cli, "unexpected '%s'%s", cli.files[0], "");
+    if (opt.threads) set_threads((int)opt.threads);
+    if (choose_backend(&backend, device_names[opt.device], opt.kernels, &e)) die(&cli, &e);
+    int printed = 0;
+    printf("# %s backend, %d threads\n", backend->name, most_threads());
+    for (int i = 0; i < N_TABLES; i++)
+        if (wanted(tables[i].name)) {
+            tables[i].print();
+            printed++;
+        }
+    if (!printed) usage_error(&cli, "--only %s names no table%s", opt.only, "");
+    return 0;
+}

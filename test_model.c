@@ -1,0 +1,583 @@
+// test_model.c: the model as a whole, in float32, as the programs run it.
+//
+// Known sizes and known random numbers; what a fresh model says and what a step learns; that the
+// order of the batch, the passes and the threads change nothing; the data, the dropout and what
+// is refused. Gradients are test_gradcheck's business, causality is test_causality's.
+//   ./test_model
+#include "test.h"
+
+static const Backend *const cpu = &cpu_backend;
+
+static const Config small_paper = {.channels = 33, .latent = 40, .taps = 3, .blocks = 2,
+                                   .n_dilations = 2, .dilations = {1, 3}};
+static const Config small_prenorm = {.channels = 33, .latent = 33, .taps = 3, .blocks = 2,
+                                     .n_dilations = 2, .dilations = {1, 3}, .form = BLOCK_PRENORM,
+                                     .tie = true, .softcap = 30};
+
+static Training training_of(int passes, float dropout) {
+    return (Training){.dropout = dropout, .byte_dropout = dropout, .seed = 21, .passes = passes,
+                      .hyper = {.steps = 100, .lr = 1e-2, .beta1 = 0.9, .beta2 = 0.99,
+                                .eps = 1e-8, .weight_decay = 0.1, .clip = 1, .ema = 0.9}};
+}
+
+enum { TEXT = 3000 };
+static uint8_t text[TEXT];  // bytes of all values
+
+static void give_text(Model *m) {
+    const uint64_t length[] = {1000, 20, 1980};  // the second is too short for most windows
+    Error e;
+    if (model_set_corpus(m, text, length, 3, &e)) need(false, e.text);
+}
+
+static real *copy_of(const Model *m, const real *role) {
+    real *host = new_reals(m->n_params);
+    model_read(m, host, role);
+    return host;
+}
+
+// ---- Sizes and random numbers ------------------------------------------------------------------
+
+static void test_sizes(void) {
+    Config paper = config_paper();
+    Model m;
+    open_or_die(&m, cpu, &paper, 1, 1, NULL);
+    check(m.n_params == 1969920, "the paper's configuration has 1969920 parameters: %zu",
+          m.n_params);
+    check(config_receptive_field(&paper) == 43, "its receptive field is 43: %lld",
+          (long long)config_receptive_field(&paper));
+    size_t at = 0, decayed = 0;
+    bool packed = true, named = true;
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor *t = &m.tensors[i];
+        packed = packed && t->offset == at && t->decay == (t->ndim > 1) &&
+                 t->decay == (t->offset < m.n_decay);
+        at += t->size;
+        if (t->decay) decayed += t->size;
+        for (int j = 0; j < i; j++) named = named && strcmp(t->name, m.tensors[j].name) != 0;
+    }
+    check(packed && at == m.n_params && decayed == m.n_decay,
+          "the tensors fill the parameters without a gap, matrices first");
+    check(named, "no two tensors share a name");
+    model_free(&m);
+}
+
+static void test_philox(void) {
+    // Known answers published with Random123 (kat_vectors, philox4x32 with 10 rounds).
+    static const struct {
+        uint64_t key;
+        uint32_t counter[4], answer[4];
+    } known[] = {
+        {0, {0, 0, 0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+        {0xffffffffffffffff, {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff},
+         {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+        {0x299f31d0a4093822, {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+         {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        const uint32_t *c = known[i].counter;
+        Philox r = philox(known[i].key, c[0], c[1], c[2], c[3]);
+        check(memcmp(r.v, known[i].answer, sizeof r.v) == 0, "philox: known answer %zu", i);
+    }
+    Philox r = {{0x22221111, 0x44443333, 0x66665555, 0x88887777}};
+    bool ok = true;
+    for (int lane = 0; lane < 8; lane++)
+        ok = ok && philox_lane(r, lane) == 0x1111 * (uint32_t)(lane + 1);
+    check(ok, "philox: eight lanes of 16 bits");
+}
+
+// Every size at its bounds and one beyond.
+static void test_refusals(void) {
+    const struct {
+        const char *what;
+        Config c;
+        bool ok;
+    } tries[] = {
+#define C0 .channels = 4, .latent = 4, .taps = 2, .blocks = 1, .n_dilations = 1, .dilations = {1}
+        {"a good one", {C0}, true},
+        {"0 channels", {.latent = 4, .taps = 2, .blocks = 1, .n_dilations = 1, .dilations = {1}},
+         false},
+        {"no latent", {.channels = 4, .taps = 2, .blocks = 1, .n_dilations = 1, .dilations = {1}},
+         false},
+        {"65537 channels", {.channels = 65537, .latent = 4, .taps = 2, .blocks = 1,
+                            .n_dilations = 1, .dilations = {1}}, false},
+        {"257 taps", {.channels = 4, .latent = 4, .taps = 257, .blocks = 1, .n_dilations = 1,
+                      .dilations = {1}}, false},
+        {"no block", {.channels = 4, .latent = 4, .taps = 2, .n_dilations = 1, .dilations = {1}},
+         false},
+        {"33 dilations", {.channels = 4, .latent = 4, .taps = 2, .blocks = 1, .n_dilations = 33,
+                          .dilations = {1}}, false},
+        {"dilation 0", {.channels = 4, .latent = 4, .taps = 2, .blocks = 1, .n_dilations = 2,
+                        .dilations = {1, 0}}, false},
+        {"a tied head of another width", {.channels = 4, .latent = 5, .taps = 2, .blocks = 1,
+                                          .n_dilations = 1, .dilations = {1}, .tie = true}, false},
+        {"softcap NaN", {C0, .softcap = NAN}, false},
+        {"softcap -1", {C0, .softcap = -1}, false},
+        {"block form 2", {C0, .form = (BlockForm)2}, false},
+    };
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        Error e = {""};
+        bool ok = config_check(&tries[i].c, &e) == 0;
+        check(ok == tries[i].ok && (ok || e.text[0]), "configuration with %s is %s", tries[i].what,
+              tries[i].ok ? "taken" : e.text);
+    }
+    Model m;
+    Error e = {""};
+    check(model_open(&m, cpu, &tries[0].c, 1 << 14, 1 << 14, NULL, &e) == -1 && e.text[0],
+          "batch*seq beyond 2^27: %s", e.text);
+    model_free(&m);
+    check(model_open(&m, cpu, &tries[0].c, 0, 1, NULL, &e) == -1, "batch 0: %s", e.text);
+    model_free(&m);
+    open_or_die(&m, cpu, &tries[0].c, 1, 30, NULL);
+    const uint64_t length[] = {30, 12};
+    check(model_set_corpus(&m, text, length, 2, &e) == -1, "texts of 30 and 12: %s", e.text);
+    model_free(&m);
+}
+
+// ---- Arithmetic --------------------------------------------------------------------------------
+
+// The fast exponential, and GELU and its slope over it, against the C library in double.
+static void test_arithmetic(void) {
+    double exp_error = 0, gelu_error = 0, slope_error = 0;
+    for (int i = -800000; i <= 800000; i += 7) {
+        double x = (double)(real)(i * 1e-4), a = sqrt(2 / acos(-1)), b = 0.044715;
+        double u = a * (x + b * x * x * x), t = tanh(u);
+        double slope = (1 + t) / 2 + x / 2 * (1 - t * t) * a * (1 + 3 * b * x * x);
+        exp_error = fmax(exp_error, fabs((double)exp_real((real)x) / exp(x) - 1));
+        gelu_error = fmax(gelu_error, fabs((double)gelu((real)x) - x / 2 * (1 + t)) /
+                                          fmax(1, fabs(x)));
+        slope_error = fmax(slope_error, fabs((double)gelu_grad((real)x) - slope));
+    }
+    check_error(exp_error, 3e-7, "exp from -80 to 80, relative");
+    check_error(gelu_error, 3e-7, "gelu from -80 to 80");
+    check_error(slope_error, 1e-6, "the slope of gelu from -80 to 80");
+    check(exp_real(0) == 1, "exp(0) is 1");
+    check(exp_real(-1000) >= 0 && exp_real(-1000) < 1e-37f && exp_real(1000) > 1e37f,
+          "exp far outside: %g and %g", (double)exp_real(-1000), (double)exp_real(1000));
+    check(exp_real((real)NAN) != exp_real((real)NAN), "exp(NaN) is NaN");
+    const real far[] = {-1e4f, 1e4f};
+    for (int i = 0; i < 2; i++)
+        check(fabs((double)gelu(far[i]) - fmax(0, (double)far[i])) < 1e-30 &&
+                  fabs((double)gelu_grad(far[i]) - i) < 1e-30,
+              "gelu(%g) is %g, its slope %g", (double)far[i], (double)gelu(far[i]),
+              (double)gelu_grad(far[i]));
+}
+
+// One byte at a time gives the bits that many give, in any company, at every width.
+static void test_conv_rows(void) {
+    enum { ROWS = 23, K = 3, MOST = 300 };
+    const int widths[] = {1, 15, 16, 33, 64, 128, 161, 300};
+    real *x = new_random(ROWS * K * 40, 1, 0, 1), *w = new_random(K * 40 * MOST, 2, 0, 1);
+    real *b = new_random(MOST, 3, 0, 1);
+    real *many = new_reals(ROWS * MOST), *one = new_reals(MOST);
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        int O = widths[i], C = i % 2 ? 40 : 7, bad = 0;
+        double worst = 0;
+        const real *rows[K * ROWS];
+        real *out[ROWS];
+        for (int j = 0; j < ROWS * K; j++) rows[j] = x + j * 40;
+        for (int j = 0; j < ROWS; j++) out[j] = many + j * O;
+        conv_rows(out, rows, ROWS, w, b, K, C, O);
+        for (int j = 0; j < ROWS; j++) {
+            const real *alone[K];
+            for (int k = 0; k < K; k++) alone[k] = rows[k * ROWS + j];
+            conv_rows(&one, alone, 1, w, b, K, C, O);
+            bad += !same_bits(one, out[j], (size_t)O);
+            for (int o = 0; o < O; o++) {
+                double sum = (double)b[o];
+                for (int k = 0; k < K; k++)
+                    for (int c = 0; c < C; c++)
+                        sum += (double)alone[k][c] * (double)w[(k * C + c) * O + o];
+                if (!(fabs(sum - (double)one[o]) <= worst)) worst = fabs(sum - (double)one[o]);
+            }
+        }
+        check_error(worst, 1e-5, "conv_rows, C=%d O=%d", C, O);
+        check(bad == 0, "conv_rows, C=%d O=%d: a row alone has the bits of a row among others", C,
+              O);
+    }
+    free(x), free(w), free(b), free(many), free(one);
+}
+
+// ---- Fresh and trained -------------------------------------------------------------------------
+
+static double mean_loss(Model *m, const uint8_t *bytes, real *losses) {
+    int N = m->B * m->T;
+    int *ids = calloc(2 * (size_t)N, sizeof *ids), *targets = ids + N;
+    need(ids != NULL, "out of memory");
+    for (int n = 0; n < N; n++) {
+        ids[n] = bytes[n / m->T * (m->T + 1) + n % m->T];
+        targets[n] = bytes[n / m->T * (m->T + 1) + n % m->T + 1];
+    }
+    model_losses(m, ids, targets, losses);
+    double sum = 0;
+    for (int n = 0; n < N; n++) sum += (double)losses[n];
+    free(ids);
+    return sum / N;
+}
+
+static void test_fresh(const char *name, Config config) {
+    enum { B = 8, T = 64 };
+    Model m, again;
+    Error e;
+    real losses[B * T];
+    open_or_die(&m, cpu, &config, B, T, NULL);
+    open_or_die(&again, cpu, &config, B, T, NULL);
+    need(model_init_params(&m, 1, &e) == 0 && model_init_params(&again, 1, &e) == 0, e.text);
+    // Logits of a fresh model have variance 1 or less, which costs half a nat or less.
+    check_error(fabs(mean_loss(&m, text, losses) - log(256)), 0.6,
+                "%s: a fresh model's loss is near ln 256 nats", name);
+    check(same_bits(m.params, again.params, m.n_params), "%s: one seed, one model", name);
+    need(model_init_params(&again, 2, &e) == 0, e.text);
+    double worst = 0;
+    bool vectors = true, differ = true;
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor *t = &m.tensors[i];
+        const real *p = m.params + t->offset;
+        size_t length = strlen(t->name);
+        real start = strcmp(t->name + length - 6, "weight") == 0;  // a gain
+        double squares = 0, fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
+        double std = t->offset == m.embedding ? 0.02 : 1 / sqrt(fan_in);
+        for (size_t j = 0; j < t->size; j++) {
+            squares += (double)p[j] * (double)p[j];
+            if (!t->decay) vectors = vectors && p[j] == start;
+        }
+        if (!t->decay) continue;
+        worst = fmax(worst, fabs(sqrt(squares / (double)t->size) / std - 1) *
+                                sqrt((double)t->size));
+        differ = differ && !same_bits(p, again.params + t->offset, t->size);
+    }
+    // The standard deviation of n normal numbers is off by 1/sqrt(2n): 5 times that is the bound.
+    check_error(worst, 3.5, "%s: matrices have the standard deviation that they should", name);
+    check(vectors, "%s: gains are 1 and biases 0", name);
+    check(differ, "%s: another seed, another model", name);
+    model_free(&m);
+    model_free(&again);
+}
+
+// Four texts of one window each: every batch is drawn from those four.
+static void test_overfit(const char *name, Config config) {
+    enum { B = 4, T = 32, PARTS = 4, STEPS = 300 };
+    const uint64_t length[PARTS] = {T + 1, T + 1, T + 1, T + 1};
+    Training training = {.seed = 3, .passes = 1,
+                         .hyper = {.steps = STEPS, .warmup = 10, .lr = 3e-3, .beta1 = 0.9,
+                                   .beta2 = 0.99, .eps = 1e-8, .clip = 1}};
+    uint8_t bytes[B * (T + 1)];
+    // Letters as text has them, few of them; first bytes differ, or nobody could tell the texts.
+    for (int i = 0; i < B * (T + 1); i++)
+        bytes[i] = (uint8_t)(i % (T + 1) ? 'e' + (int)(4 * random_value(8, (size_t)i))
+                                         : 'A' + i / (T + 1));
+    Model m;
+    Error e;
+    real losses[B * T];
+    open_or_die(&m, cpu, &config, B, T, &training);
+    need(model_init_params(&m, 1, &e) == 0, e.text);
+    need(model_set_corpus(&m, bytes, length, PARTS, &e) == 0, e.text);
+    for (int i = 0; i < STEPS; i++) model_train_step(&m);
+    check(m.state->step == STEPS, "%s: counts %d steps", name, STEPS);
+    check_error(mean_loss(&m, bytes, losses), 0.05, "%s: %d steps learn one batch by heart: nats",
+                name, STEPS);
+    model_free(&m);
+}
+
+// ---- What must not matter ----------------------------------------------------------------------
+
+// Rows of a batch in another order, alone, or cut shorter: the same bits.
+static void test_batch_order(const char *name, Config config) {
+    enum { B = 5, T = 47, HALF = T / 2 };
+    int ids[B * T], targets[B * T], ids2[B * T], targets2[B * T];
+    real losses[B * T], losses2[B * T];
+    Model m, one, half, train;
+    Training training = training_of(1, 0.3f);
+    open_or_die(&m, cpu, &config, B, T, NULL);
+    open_or_die(&one, cpu, &config, 1, T, NULL);
+    open_or_die(&half, cpu, &config, 1, HALF, NULL);
+    open_or_die(&train, cpu, &config, B, T, &training);
+    Model *all[] = {&m, &one, &half, &train};
+    for (int i = 0; i < 4; i++) fill_params(all[i], 5);
+    for (int n = 0; n < B * T; n++) {
+        ids[n] = text[n];
+        targets[n] = n % 7 == 3 ? -1 : text[n + 1];
+        int from = (n / T * 3 + 2) % B * T + n % T;  // rows 2 0 3 1 4
+        ids2[n] = text[from];
+        targets2[n] = from % 7 == 3 ? -1 : text[from + 1];
+    }
+    model_losses(&m, ids, targets, losses);
+    model_losses(&m, ids2, targets2, losses2);
+    int moved = 0, alone = 0, cut = 0, scored = 0;
+    for (int b = 0; b < B; b++)
+        moved += !same_bits(losses2 + b * T, losses + (b * 3 + 2) % B * T, T);
+    check(moved == 0, "%s: rows in another order have the same losses", name);
+    for (int b = 0; b < B; b++) {
+        model_losses(&one, ids + b * T, targets + b * T, losses2);
+        alone += !same_bits(losses2, losses + b * T, T);
+        model_losses(&half, ids + b * T, targets + b * T, losses2);
+        cut += !same_bits(losses2, losses + b * T, HALF);
+    }
+    check(alone == 0, "%s: a row alone has the same losses", name);
+    check(cut == 0, "%s: a shorter window has the same losses", name);
+    for (int n = 0; n < B * T; n++) scored += (losses[n] != 0) == (targets[n] >= 0);
+    check(scored == B * T, "%s: a target of -1 is not scored, every other is", name);
+    real *before = copy_of(&train, train.params);
+    model_losses(&train, ids, targets, losses2);
+    check(same_bits(losses2, losses, B * T),
+          "%s: a model in training gives the same losses: no dropout", name);
+    check(same_bits(before, train.params, train.n_params), "%s: scoring changes nothing", name);
+    free(before);
+    for (int i = 0; i < 4; i++) model_free(all[i]);
+}
+
+// Two passes of two windows are one pass of four.
+static void test_passes(const char *name, Config config) {
+    enum { T = 50 };
+    Training one = training_of(1, 0.2f), two = training_of(2, 0.2f);
+    Model whole, halves;
+    open_or_die(&whole, cpu, &config, 4, T, &one);
+    open_or_die(&halves, cpu, &config, 2, T, &two);
+    Model *both[] = {&whole, &halves};
+    for (int i = 0; i < 2; i++) {
+        fill_params(both[i], 5);
+        give_text(both[i]);
+        both[i]->state->step = 3;
+        model_train_step(both[i]);
+    }
+    check_error(relative_error(halves.grads, whole.grads, whole.n_params), 5e-6,
+                "%s: gradients of two half batches", name);
+    StepFigures a = whole.state->ring[3], b = halves.state->ring[3];
+    check_error(fabs((double)a.loss / (double)b.loss - 1), 1e-6, "%s: their loss", name);
+    check_error(fabs((double)a.grad_norm / (double)b.grad_norm - 1), 1e-6, "%s: their norm", name);
+    model_free(&whole);
+    model_free(&halves);
+}
+
+// Parameters, average and moments after three steps of everything.
+static real *three_steps(Config config, int threads, size_t *n) {
+    enum { B = 3, T = 110 };
+    set_threads(threads);
+    Training training = training_of(2, 0.2f);
+    Model m;
+    open_or_die(&m, cpu, &config, B, T, &training);
+    fill_params(&m, 5);
+    give_text(&m);
+    for (int i = 0; i < 3; i++) model_train_step(&m);
+    *n = 4 * m.n_params + RING;
+    real *out = new_reals(*n);
+    model_read(&m, out, m.params);
+    model_read(&m, out + m.n_params, m.m);
+    model_read(&m, out + 2 * m.n_params, m.v);
+    model_read(&m, out + 3 * m.n_params, m.ema);
+    for (int i = 0; i < RING; i++) out[4 * m.n_params + (size_t)i] = (real)m.state->ring[i].loss;
+    model_free(&m);
+    return out;
+}
+
+static void test_threads(const char *name, Config config) {
+#ifdef _OPENMP
+    const int counts[] = {1, 2, 5};
+    size_t n;
+    real *first = three_steps(config, 1, &n);
+    for (int i = 0; i < 3; i++) {
+        real *now = three_steps(config, counts[i], &n);
+        check(same_bits(now, first, n), "%s: %d thread%s: the same bits", name, counts[i],
+              i ? "s" : ", once more");
+        free(now);
+    }
+    free(first);
+    set_threads(1);
+#else
+    size_t n;
+    real *first = three_steps(config, 1, &n), *again = three_steps(config, 1, &n);
+    check(same_bits(again, first, n), "%s: a second run gives the same bits", name);
+    free(first), free(again);
+    skip("1, 2 and 5 threads give the same bits: built without OpenMP");
+#endif
+}
+
+// ---- Data and dropout --------------------------------------------------------------------------
+
+// Which byte of `text` a window starts with is told by where its bytes occur.
+static void test_batches(void) {
+    enum { B = 4, T = 21, DRAWS = 3000 };
+    Training training = training_of(1, 0);
+    Model m;
+    open_or_die(&m, cpu, &small_paper, B, T, &training);
+    give_text(&m);
+    // Texts of 1000, 20 and 1980 bytes hold 979, 0 and 1959 windows of T+1 bytes.
+    check(m.corpus.n_windows == 979 + 1959, "windows lie inside one text: %llu",
+          (unsigned long long)m.corpus.n_windows);
+    int shifted = 0, strange = 0, tenths[10] = {0};
+    for (uint32_t step = 0; step < DRAWS / B; step++) {
+        m.state->step = step;
+        cpu->draw_batch(m.ids, m.targets, m.corpus, m.state, 5, 0, 0, B, T);
+        for (int b = 0; b < B; b++) {
+            uint8_t window[T + 1];
+            for (int t = 0; t < T; t++) {
+                window[t] = (uint8_t)m.ids[b * T + t];
+                if (t + 1 < T) shifted += m.targets[b * T + t] != m.ids[b * T + t + 1];
+            }
+            window[T] = (uint8_t)m.targets[b * T + T - 1];
+            size_t at = 0;
+            while (at + T < TEXT &&
+                   (text[at] != window[0] || memcmp(text + at, window, T + 1) != 0))
+                at++;
+            bool first = at < 979, second = at >= 1020 && at < 1020 + 1959;
+            strange += !first && !second;
+            if (first || second) tenths[(first ? at : at - 41) * 10 / (979 + 1959)]++;
+        }
+    }
+    check(shifted == 0, "targets are the bytes that follow");
+    check(strange == 0, "no window reaches from one text into the next");
+    double worst = 0;  // each tenth is hit 300 times, give or take sqrt(300)
+    for (int i = 0; i < 10; i++) worst = fmax(worst, fabs(tenths[i] - DRAWS / 10.0));
+    check_error(worst, 5 * sqrt(DRAWS / 10.0), "windows are drawn evenly");
+    model_free(&m);
+}
+
+// The kept share of n elements that each stay with probability keep, in standard deviations.
+static double deviations(size_t kept, size_t n, double keep) {
+    return fabs((double)kept / (double)n - keep) / sqrt(keep * (1 - keep) / (double)n);
+}
+
+static void test_byte_dropout(void) {
+    enum { B = 6, T = 1000 };
+    Training training = training_of(1, 0);
+    Model m;
+    open_or_die(&m, cpu, &small_paper, B, T, &training);
+    const uint64_t length = TEXT;
+    Error e;
+    need(model_set_corpus(&m, text, &length, 1, &e) == 0, e.text);
+    int whole[B * T], part[2 * T], targets[B * T], next[B * T];
+    size_t kept = 0;
+    const uint32_t threshold = 65536 / 4;
+    cpu->draw_batch(whole, targets, m.corpus, m.state, 5, threshold, 0, B, T);
+    for (int n = 0; n < B * T; n++) kept += whole[n] != BYTE_DROPPED;
+    check_error(deviations(kept, B * T, 0.75), 4, "byte dropout 0.25 keeps %zu of %d: deviations",
+                kept, B * T);
+    bool same = true;
+    for (int first = 0; first < B; first += 2) {
+        cpu->draw_batch(part, targets, m.corpus, m.state, 5, threshold, (uint64_t)first, 2, T);
+        same = same && memcmp(part, whole + first * T, sizeof part) == 0;
+    }
+    check(same, "bytes drawn and dropped do not depend on the passes");
+    m.state->step++;
+    cpu->draw_batch(next, targets, m.corpus, m.state, 5, threshold, 0, B, T);
+    size_t both = 0;
+    for (int n = 0; n < B * T; n++) both += whole[n] == BYTE_DROPPED && next[n] == BYTE_DROPPED;
+    check_error(deviations(both, B * T, 0.0625), 4, "the next step drops others: deviations");
+    model_free(&m);
+}
+
+// Which of n elements dropout keeps: a conv with one tap whose pre is 1 everywhere.
+static void keep_mask(bool *kept, Dropout d, int rows, int O, int *wrong) {
+    size_t n = (size_t)rows * (size_t)O;
+    real *x = new_random((size_t)rows, 1, 1, 0), *w = new_random((size_t)O, 1, 1, 0);
+    real *pre = new_reals(n), *out = new_reals(n), expected = gelu(1) * (real)d.scale;
+    real *work = new_reals(cpu->work_bytes((size_t)rows, 1, V, 1) / sizeof(real) + 1);
+    cpu->conv_forward(out, pre, x, w, NULL, NULL, d, (ConvShape){1, rows, 1, O, 1, 1}, work);
+    for (size_t i = 0; i < n; i++) {
+        kept[i] = out[i] != 0;
+        *wrong += kept[i] && !(fabs((double)out[i] - (double)expected) < 1e-6);
+    }
+    free(x), free(w), free(pre), free(out), free(work);
+}
+
+static void test_dropout(void) {
+    enum { ROWS = 300, O = 33, N = ROWS * O, FIRST = 101 };
+    static bool kept[N], other[N];
+    StepState state = {.step = 2};
+    Dropout d = {.threshold = 13107, .scale = 65536.0f / (65536 - 13107), .seed = 6,
+                 .purpose = RNG_DROPOUT + 1, .state = &state};
+    int wrong = 0;
+    size_t n_kept = 0, differ = 0;
+    keep_mask(kept, d, ROWS, O, &wrong);
+    for (int i = 0; i < N; i++) n_kept += kept[i];
+    check_error(deviations(n_kept, N, 0.8), 4, "dropout 0.2 keeps %zu of %d: deviations", n_kept,
+                N);
+    check(wrong == 0, "what dropout keeps is multiplied by 1/(1-p)");
+    Dropout part = d;
+    part.first = FIRST;
+    keep_mask(other, part, ROWS - FIRST, O, &wrong);
+    check(memcmp(other, kept + FIRST * O, (ROWS - FIRST) * O) == 0,
+          "masks do not depend on the passes");
+    // Kept in both with probability 0.64, if the masks know nothing of each other.
+    for (int i = 0; i < 3; i++) {
+        const char *what[] = {"layers", "steps", "seeds"};
+        Dropout changed = d;
+        StepState next = {.step = 3};
+        if (i == 0) changed.purpose++;
+        if (i == 1) changed.state = &next;
+        if (i == 2) changed.seed++;
+        keep_mask(other, changed, ROWS, O, &wrong);
+        differ = 0;
+        for (int j = 0; j < N; j++) differ += kept[j] && other[j];
+        check_error(deviations(differ, N, 0.64), 4, "masks of two %s are independent: deviations",
+                    what[i]);
+    }
+}
+
+// ---- Steps that go wrong, and the average ------------------------------------------------------
+
+static void test_not_finite(void) {
+    Training training = training_of(1, 0);
+    Model m;
+    open_or_die(&m, cpu, &small_paper, 2, 20, &training);
+    fill_params(&m, 5);
+    give_text(&m);
+    model_train_step(&m);
+    m.params[m.convs[1].bias] = (real)NAN;
+    real *params = copy_of(&m, m.params), *first = copy_of(&m, m.m), *second = copy_of(&m, m.v);
+    real *ema = copy_of(&m, m.ema);
+    model_train_step(&m);
+    check(m.state->step == 1, "a loss of NaN: the step is not counted");
+    check(same_bits(params, m.params, m.n_params) && same_bits(ema, m.ema, m.n_params) &&
+              same_bits(first, m.m, m.n_params) && same_bits(second, m.v, m.n_params),
+          "a loss of NaN: parameters, average and moments stay");
+    float noted = m.state->ring[1].loss;
+    check(noted != noted, "a loss of NaN: noted for the host to see");
+    m.params[m.convs[1].bias] = 0;
+    model_train_step(&m);
+    check(m.state->step == 2 && m.state->ring[1].loss < 100, "after it, training can go on");
+    free(params), free(first), free(second), free(ema);
+    model_free(&m);
+}
+
+static void test_average(void) {
+    Training training = training_of(1, 0);
+    Model m;
+    Error e;
+    open_or_die(&m, cpu, &small_prenorm, 2, 20, &training);
+    need(model_init_params(&m, 3, &e) == 0, e.text);
+    check(same_bits(m.params, m.ema, m.n_params), "the average starts as the fresh parameters");
+    model_free(&m);
+    training.hyper.ema = 0;
+    open_or_die(&m, cpu, &small_prenorm, 2, 20, &training);
+    give_text(&m);
+    model_train_step(&m);
+    check(m.ema == NULL && m.state->step == 1, "a run without an average has none, and steps");
+    model_free(&m);
+}
+
+int main(void) {
+    set_threads(1);  // small work: threads would mostly wait. test_threads sets its own number
+    for (int i = 0; i < TEXT; i++) text[i] = (uint8_t)(random_value(60, (size_t)i) * 128 + 128);
+    const struct {
+        const char *name;
+        Config config;
+    } forms[] = {{"paper", small_paper}, {"prenorm, tied, softcap", small_prenorm}};
+    test_sizes();
+    test_philox();
+    test_refusals();
+    test_arithmetic();
+    test_conv_rows();
+    test_batches();
+    test_byte_dropout();
+    test_dropout();
+    test_not_finite();
+    test_average();
+    for (int i = 0; i < 2; i++) {
+        test_fresh(forms[i].name, forms[i].config);
+        test_batch_order(forms[i].name, forms[i].config);
+        test_passes(forms[i].name, forms[i].config);
+        test_threads(forms[i].name, forms[i].config);
+        test_overfit(forms[i].name, forms[i].config);
+    }
+    return finish();
+}

@@ -1,0 +1,1063 @@
+// test_sample.c: a trained model in use: streaming, files good and bad, and the program ./sample.
+//
+// Streamed logits are the full forward pass's bits; what is saved comes back bit for bit; over a
+// hundred malformed headers, every cut and every flipped byte end in an error that names the file
+// and the fault (run it under ASan and UBSan); ./sample, where it is built, does what README says.
+//   ./test_sample
+#define _POSIX_C_SOURCE 200809L
+#include "checkpoint.h"
+#include "stream.h"
+#include "test.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static const Backend *const cpu = &cpu_backend;
+static char folder[256] = "/tmp/test_sample.XXXXXX";
+
+// The name lasts for a few calls.
+static const char *in_folder(const char *name) {
+    static char paths[8][400];
+    static int turn;
+    turn = (turn + 1) % 8;
+    snprintf(paths[turn], sizeof paths[turn], "%s/%s", folder, name);
+    return paths[turn];
+}
+
+static uint8_t *read_file(const char *path, size_t *n) {
+    FILE *f = fopen(path, "rb");
+    *n = 0;
+    if (!f) return NULL;
+    fseek(f, 0, SEEK_END);
+    *n = (size_t)ftell(f);
+    rewind(f);
+    uint8_t *bytes = malloc(*n + 1);
+    need(bytes != NULL && fread(bytes, 1, *n, f) == *n, "cannot read back a file");
+    bytes[*n] = 0;
+    fclose(f);
+    return bytes;
+}
+
+static void write_bytes(const char *path, const void *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    need(f != NULL && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "cannot write a file");
+}
+
+// ---- Streaming ----------------------------------------------------------------------------------
+
+enum { STREAM_T = 70, STREAM_MOST = 11 };
+
+// What streams are held against: texts, and what the full forward pass makes of them.
+typedef struct {
+    Config config;
+    int ids[STREAM_MOST * STREAM_T];
+    real *logits, *z, *params;
+} Reference;
+
+static Reference reference(const Config *c) {
+    size_t rows = STREAM_MOST * STREAM_T, D = (size_t)c->latent;
+    Reference r = {.config = *c, .logits = new_reals(rows * V), .z = new_reals(rows * D)};
+    Model m;
+    open_or_die(&m, cpu, c, STREAM_MOST, STREAM_T, NULL);
+    fill_params(&m, 77);
+    for (size_t i = 0; i < rows; i++)
+        r.ids[i] = (int)(philox(5, (uint32_t)i, 0, 0, RNG_TEST).v[0] % V);
+    cpu->upload(m.ids, r.ids, sizeof r.ids);
+    model_forward(&m, false, 0);
+    cpu->read_acts(r.logits, m.logits, rows * V);
+    cpu->read_acts(r.z, model_latents(&m), rows * D);
+    r.params = new_reals(m.n_params);
+    model_read(&m, r.params, m.params);
+    model_free(&m);
+    return r;
+}
+
+// S streams with different texts: -1, or the first position at which a bit differs.
+static int first_difference(const Reference *r, int S, int threads) {
+    size_t D = (size_t)r->config.latent;
+    int at[STREAM_MOST], wrong = -1;
+    real *logits = new_reals((size_t)S * V), *z = new_reals((size_t)S * D);
+    Stream s;
+    Error e;
+    set_threads(threads);
+    if (stream_open(&s, &r->config, r->params, STREAM_MOST, &e)) need(false, e.text);
+    s.parallel = threads > 1;  // however small
+    for (int pass = 0; pass < 2 && wrong < 0; pass++) {  // the second finds no trace of the first
+        stream_begin(&s, S);
+        for (int t = 0; t < STREAM_T && wrong < 0; t++) {
+            for (int j = 0; j < S; j++) at[j] = r->ids[j * STREAM_T + t];
+            stream_push(&s, at, z, logits);
+            for (int j = 0; j < S; j++) {
+                size_t row = (size_t)j * STREAM_T + (size_t)t;
+                bool same = same_bits(logits + (size_t)j * V, r->logits + row * V, V) &&
+                            same_bits(z + (size_t)j * D, r->z + row * D, D);
+                if (!same && wrong < 0) wrong = t;
+            }
+        }
+    }
+    stream_free(&s);
+    free(logits);
+    free(z);
+    set_threads(2);
+    return wrong;
+}
+
+static void test_streaming(void) {
+    static const struct {
+        const char *what;
+        Config c;
+    } cases[] = {
+        {"paper", {.channels = 32, .latent = 32, .taps = 3, .blocks = 2, .n_dilations = 3,
+                   .dilations = {1, 2, 4}}},
+        {"paper, odd sizes", {.channels = 33, .latent = 7, .taps = 4, .blocks = 3, .n_dilations = 2,
+                              .dilations = {3, 1}, .softcap = 5}},
+        {"paper, tied", {.channels = 130, .latent = 130, .taps = 2, .blocks = 1, .n_dilations = 1,
+                         .dilations = {5}, .tie = true}},
+        {"pre-norm", {.channels = 64, .latent = 48, .taps = 3, .blocks = 1, .n_dilations = 3,
+                      .dilations = {1, 2, 4}, .form = BLOCK_PRENORM}},
+        {"pre-norm, tied, softcap", {.channels = 257, .latent = 257, .taps = 2, .blocks = 2,
+                                     .n_dilations = 3, .dilations = {1, 2, 8},
+                                     .form = BLOCK_PRENORM, .tie = true, .softcap = 30}},
+        {"one tap, one channel", {.channels = 1, .latent = 3, .taps = 1, .blocks = 2,
+                                  .n_dilations = 1, .dilations = {4}}},
+        {"dilation beyond the text", {.channels = 16, .latent = 16, .taps = 3, .blocks = 1,
+                                      .n_dilations = 2, .dilations = {200, 1},
+                                      .form = BLOCK_PRENORM}},
+        {"paper's sizes", {.channels = 256, .latent = 256, .taps = 3, .blocks = 3,
+                           .n_dilations = 3, .dilations = {1, 2, 4}}},
+    };
+    static const int streams[] = {1, 3, STREAM_MOST}, threads[] = {1, 2, 5};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Reference r = reference(&cases[i].c);
+        for (int k = 0; k < 3; k++) {
+            int wrong = first_difference(&r, streams[k], threads[k]);
+            check(wrong < 0, "streamed = full forward, bit for bit: %s, %d streams, %d threads",
+                  cases[i].what, streams[k], threads[k]);
+            if (wrong >= 0) printf("     first at position %d\n", wrong);
+        }
+        free(r.logits);
+        free(r.z);
+        free(r.params);
+    }
+    Error e;
+    Stream s;
+    Config vast = config_paper();
+    vast.dilations[0] = vast.dilations[1] = vast.dilations[2] = 1 << 20;
+    vast.taps = MAX_TAPS;
+    vast.channels = vast.latent = MAX_CHANNELS;
+    vast.blocks = 1024;
+    check(stream_open(&s, &vast, NULL, MAX_STREAMS, &e) && strstr(e.text, "memory"),
+          "rings beyond the memory are refused: %s", e.text);
+}
+
+static void test_sampling(void) {
+    Config c = {.channels = 2, .latent = 2, .taps = 1, .blocks = 1, .n_dilations = 1,
+                .dilations = {1}};
+    Model m;
+    Stream s;
+    Error e;
+    open_or_die(&m, cpu, &c, 1, 1, NULL);
+    if (stream_open(&s, &c, m.params, 1, &e)) need(false, e.text);
+    model_free(&m);
+    // Bytes 10, 20, 30 with probabilities 1/2, 1/3, 1/6, all others with none.
+    real logits[V];
+    for (int v = 0; v < V; v++) logits[v] = -1000;
+    logits[10] = (real)log(3);
+    logits[20] = (real)log(2);
+    logits[30] = 0;
+    static const struct {
+        const char *what;
+        Sampler sampler;
+        double want[3];
+    } cases[] = {
+        {"all", {.temperature = 1, .top_p = 1}, {1 / 2.0, 1 / 3.0, 1 / 6.0}},
+        {"temperature 1/2", {.temperature = 0.5, .top_p = 1}, {9 / 14.0, 4 / 14.0, 1 / 14.0}},
+        {"temperature 0", {.top_p = 1}, {1, 0, 0}},
+        {"top-k 2", {.temperature = 1, .top_k = 2, .top_p = 1}, {3 / 5.0, 2 / 5.0, 0}},
+        {"top-p 0.6", {.temperature = 1, .top_p = 0.6}, {3 / 5.0, 2 / 5.0, 0}},
+        {"top-p 0.4", {.temperature = 1, .top_p = 0.4}, {1, 0, 0}},
+        {"top-p 0", {.temperature = 1}, {1, 0, 0}},
+    };
+    enum { DRAWS = 20000 };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int seen[V] = {0};
+        for (int d = 0; d < DRAWS; d++) {
+            s.position = (uint64_t)d;
+            seen[stream_sample(&s, &cases[i].sampler, logits, 0)]++;
+        }
+        double worst = seen[10] + seen[20] + seen[30] == DRAWS ? 0 : 1;
+        for (int k = 0; k < 3; k++) {
+            double error = fabs((double)seen[10 + 10 * k] / DRAWS - cases[i].want[k]);
+            if (!(error <= worst)) worst = error;
+        }
+        check_error(worst, 0.015, "20000 draws have the right shares: %s", cases[i].what);
+    }
+    s.config.softcap = 1e-3f;  // every logit is squeezed to nearly 0
+    int low = 0;
+    for (int d = 0; d < DRAWS; d++) {
+        s.position = (uint64_t)d;
+        low += stream_sample(&s, &cases[0].sampler, logits, 0) < 128;
+    }
+    check_error(fabs((double)low / DRAWS - 0.5), 0.015, "the softcap is applied before drawing");
+    stream_free(&s);
+}
+
+// ---- Good files ---------------------------------------------------------------------------------
+
+static const Config tiny = {.channels = 2, .latent = 2, .taps = 2, .blocks = 1, .n_dilations = 1,
+                            .dilations = {1}, .form = BLOCK_PRENORM, .tie = true};
+
+static void open_filled(Model *m, const Config *c, uint64_t seed) {
+    open_or_die(m, cpu, c, 1, 1, NULL);
+    fill_params(m, seed);
+}
+
+static void save_or_die(const char *path, const Model *m) {
+    const Role role = {"", m->params};
+    const Pair pairs[] = {{"text", "a \"quoted\" \\ one,\nwith \xC3\xA9 and \xFF"}};
+    Error e;
+    if (checkpoint_save(path, m, &role, 1, pairs, 1, &e)) need(false, e.text);
+}
+
+static void test_round_trip(const Config *c, const char *what) {
+    Model m, back;
+    open_filled(&m, c, 3);
+    Error e = {""};
+    const char *path = in_folder("model.safetensors");
+    save_or_die(path, &m);
+    bool ok = checkpoint_load_model(&back, path, cpu, 2, 5, &e) == 0;
+    check(ok && same_bits(back.params, m.params, m.n_params) &&
+              memcmp(&back.config, &m.config, sizeof m.config) == 0,
+          "a model comes back bit for bit: %s %s", what, e.text);
+    Checkpoint ck = {0};
+    ok = ok && checkpoint_open(&ck, path, &e) == 0;
+    const char *text = ok ? checkpoint_get(&ck, "text") : NULL;
+    check(text && strcmp(text, "a \"quoted\" \\ one,\nwith \xC3\xA9 and \xEF\xBF\xBD") == 0,
+          "metadata come back, what is not UTF-8 as U+FFFD: %s", what);
+    checkpoint_close(&ck);
+    model_free(&back);
+    model_free(&m);
+}
+
+// Reads float i of a tensor straight from the file.
+static float raw_value(const uint8_t *file, const Entry *entry, uint64_t data, size_t i) {
+    uint32_t bits = 0;
+    for (int b = 0; b < 4; b++)
+        bits |= (uint32_t)file[data + entry->begin + 4 * i + (size_t)b] << (8 * b);
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// In PyTorch's order: conv (O,C,K) with the last tap the current byte, linear (O,C).
+static void test_layout(void) {
+    const Config c = {.channels = 5, .latent = 3, .taps = 4, .blocks = 1, .n_dilations = 2,
+                      .dilations = {1, 2}};
+    Model m;
+    open_filled(&m, &c, 4);
+    const char *path = in_folder("layout.safetensors");
+    save_or_die(path, &m);
+    size_t n;
+    uint8_t *file = read_file(path, &n);
+    Checkpoint ck;
+    Error e;
+    if (checkpoint_parse(&ck, path, file, n, &e)) need(false, e.text);
+    int found = 0, wrong = 0;
+    for (size_t i = 0; i < ck.n_entries; i++) {
+        const Entry *t = &ck.entries[i];
+        for (size_t j = 0; j < (t->end - t->begin) / 4; j++) {
+            float x = raw_value(file, t, ck.data, j), want = NAN;
+            size_t o = j / 20, c5 = j / 4 % 5, k = 3 - j % 4;
+            if (!strcmp(t->name, "blocks.0.conv.1.weight"))
+                want = (float)m.params[m.convs[1].weight + (k * 5 + c5) * 5 + o];
+            else if (!strcmp(t->name, "proj.weight"))  // file (3,5), ours (5,3)
+                want = (float)m.params[m.proj + j % 5 * 3 + j / 5];
+            else if (!strcmp(t->name, "head.weight"))  // file (256,3), ours (3,256)
+                want = (float)m.params[m.head + j % 3 * 256 + j / 3];
+            else if (!strcmp(t->name, "embedding.weight"))
+                want = (float)m.params[m.embedding + j];
+            else
+                continue;
+            found += j == 0;
+            if (!(x == want)) wrong++;
+        }
+    }
+    check(found == 4 && wrong == 0, "tensors lie as in PyTorch (%d wrong)", wrong);
+    check(ck.data % 8 == 0 && file[8] == '{' && n == ck.size, "the data starts at a multiple of 8");
+    check(strcmp(checkpoint_get(&ck, "format"), "pt") == 0, "the metadata says format pt");
+    checkpoint_close(&ck);
+    free(file);
+    model_free(&m);
+}
+
+static void test_state(void) {
+    Model m;
+    open_filled(&m, &tiny, 5);
+    real *arrays[3], *back = new_reals(m.n_params);
+    Role roles[3] = {{"params", NULL}, {"m", NULL}, {"v", NULL}};
+    for (int r = 0; r < 3; r++)
+        roles[r].values = arrays[r] = new_random(m.n_params, 50 + (uint64_t)r, 0, 1e-20);
+    const Pair pairs[] = {{"step", "123"}, {"best", "1.5"}};
+    const char *path = in_folder("state.safetensors");
+    Error e = {""};
+    Checkpoint ck = {0};
+    bool ok = checkpoint_save(path, &m, roles, 3, pairs, 2, &e) == 0 &&
+              checkpoint_open(&ck, path, &e) == 0;
+    check(ok && ck.is_state && checkpoint_has_role(&ck, "v") && !checkpoint_has_role(&ck, "ema"),
+          "a training state has its roles %s", e.text);
+    for (int r = 0; r < 3 && ok; r++)
+        check(checkpoint_read(&ck, roles[r].name, back, &e) == 0 &&
+                  same_bits(back, arrays[r], m.n_params),
+              "role %s comes back bit for bit", roles[r].name);
+    const char *step = ok ? checkpoint_get(&ck, "step") : NULL;
+    check(step && strcmp(step, "123") == 0, "and so does the step");
+    check(ok && checkpoint_read(&ck, "ema", back, &e) && strstr(e.text, "ema"),
+          "a role that is not there: %s", e.text);
+    Config other = tiny;
+    check(ok && checkpoint_match(&ck, &other, &e) == 0, "the same configuration matches");
+    other.taps = 3;
+    other.dilations[0] = 7;
+    check(ok && checkpoint_match(&ck, &other, &e) && strstr(e.text, "taps is 2 there and 3 here") &&
+              strstr(e.text, "dilations is 1 there and 7 here"),
+          "another one does not: %s", e.text);
+    checkpoint_close(&ck);
+    Model no;
+    check(checkpoint_load_model(&no, path, cpu, 1, 1, &e) && strstr(e.text, "model.safetensors"),
+          "a state is not a model: %s", e.text);
+    for (int r = 0; r < 3; r++) free(arrays[r]);
+    free(back);
+    model_free(&m);
+}
+
+// ---- Writing that fails -------------------------------------------------------------------------
+
+static bool loads(const char *path, const Model *want, Error *e) {
+    Model m;
+    if (checkpoint_load_model(&m, path, cpu, 1, 1, e)) return false;
+    bool same = !want || same_bits(m.params, want->params, m.n_params);
+    model_free(&m);
+    return same;
+}
+
+static void test_failed_writes(void) {
+    Model old, m;
+    open_filled(&old, &tiny, 6);
+    open_filled(&m, &tiny, 7);
+    const char *path = in_folder("kept.safetensors");
+    const Role role = {"", m.params};
+    Error e = {""}, e2;
+    save_or_die(path, &old);
+    // A disk that is full after 1000 bytes.
+    signal(SIGXFSZ, SIG_IGN);
+    struct rlimit before, limit;
+    getrlimit(RLIMIT_FSIZE, &before);
+    limit = before;
+    limit.rlim_cur = 1000;
+    fflush(stdout);  // the limit holds for it, too
+    setrlimit(RLIMIT_FSIZE, &limit);
+    int status = checkpoint_save(path, &m, &role, 1, NULL, 0, &e);
+    setrlimit(RLIMIT_FSIZE, &before);
+    check(status && strstr(e.text, "untouched"), "a full disk: %s", e.text);
+    check(loads(path, &old, &e2), "leaves the old file whole");
+    check(access(in_folder("kept.safetensors.tmp"), F_OK) != 0, "and no temporary file");
+    m.params[3] = (real)INFINITY;
+    check(checkpoint_save(path, &m, &role, 1, NULL, 0, &e) && strstr(e.text, "embedding.weight"),
+          "what is not finite is not saved: %s", e.text);
+    check(loads(path, &old, &e2) && access(in_folder("kept.safetensors.tmp"), F_OK) != 0,
+          "and the old file stays");
+    check(checkpoint_save(in_folder("no/such/folder"), &old, &role, 1, NULL, 0, &e) != 0,
+          "a folder that is not there: %s", e.text);
+    check(checkpoint_save(folder, &old, &role, 1, NULL, 0, &e) != 0, "a folder: %s", e.text);
+    model_free(&old);
+    model_free(&m);
+}
+
+// A process that does nothing but save is killed again and again: there is always a whole file.
+static void test_killed_writes(void) {
+    const Config c = {.channels = 64, .latent = 64, .taps = 3, .blocks = 2, .n_dilations = 1,
+                      .dilations = {1}};
+    Model m;
+    open_filled(&m, &c, 8);
+    char path[400], temporary[400];
+    snprintf(path, sizeof path, "%s", in_folder("killed.safetensors"));
+    snprintf(temporary, sizeof temporary, "%s", in_folder("killed.safetensors.tmp"));
+    save_or_die(path, &m);
+    int whole = 0, cut = 0;
+    enum { KILLS = 200 };
+    fflush(stdout);
+    for (int i = 0; i < KILLS; i++) {
+        pid_t child = fork();
+        if (child == 0)
+            for (;;) save_or_die(path, &m);
+        struct timespec pause = {0, (long)(philox(9, (uint32_t)i, 0, 0, RNG_TEST).v[0] % 6000000)};
+        nanosleep(&pause, NULL);
+        kill(child, SIGKILL);
+        waitpid(child, NULL, 0);
+        Error e = {""};
+        bool sound = loads(path, &m, &e);
+        if (!sound) printf("     after kill %d: %s\n", i, e.text);
+        whole += sound;
+        cut += access(temporary, F_OK) == 0;
+    }
+    check(whole == KILLS, "after %d kills while saving, %d files were whole", KILLS, whole);
+    check(cut > KILLS / 20, "%d of the kills hit a save that was half done", cut);
+    model_free(&m);
+}
+
+// ---- Bad files ----------------------------------------------------------------------------------
+
+// The error of a parse must name the file, hold the fault, be one line and free of control
+// characters (a file must not be able to drive the terminal).
+static bool says(const Error *e, const char *fault) {
+    if (strncmp(e->text, "FILE: ", 6) || !strstr(e->text, fault)) return false;
+    for (const char *s = e->text; *s; s++)
+        if ((unsigned char)*s < ' ' || (unsigned char)*s > '~') return false;
+    return true;
+}
+
+// Whether a file is refused, with `fault` in the message. Memory is exact, so that ASan sees the
+// first byte too far.
+static bool refused(const uint8_t *file, size_t n, const char *fault, Error *e) {
+    uint8_t *exact = malloc(n ? n : 1);
+    need(exact != NULL, "out of memory");
+    memcpy(exact, file, n);
+    Checkpoint ck;
+    bool bad = checkpoint_parse(&ck, "FILE", exact, n, e) != 0;
+    checkpoint_close(&ck);
+    free(exact);
+    return bad && says(e, fault);
+}
+
+static void test_cuts_and_flips(const uint8_t *good, size_t n) {
+    Error e;
+    size_t header = (size_t)good[8 - 8] + ((size_t)good[1] << 8), accepted = 0;
+    for (size_t length = 0; length < n; length++) accepted += !refused(good, length, "", &e);
+    check(accepted == 0, "a file cut at each of %zu lengths is refused", n);
+    uint8_t *file = malloc(n + 1);
+    need(file != NULL, "out of memory");
+    memcpy(file, good, n);
+    file[n] = 0;
+    check(refused(file, n + 1, "data", &e), "a byte too many: %s", e.text);
+    size_t bits = 0;
+    for (size_t i = 0; i < 8 + header; i++) {
+        file[i] ^= 0xFF;
+        accepted += !refused(file, n, "", &e);
+        file[i] ^= 0xFF;
+    }
+    check(accepted == 0, "each of %zu header bytes inverted is refused", 8 + header);
+    // One bit in the word "checksum" makes it an unknown key, and the file one without a checksum.
+    for (size_t i = 0; i < 8 * n; i++) {
+        file[i / 8] ^= (uint8_t)(1 << i % 8);
+        bits += !refused(file, n, "", &e);
+        file[i / 8] ^= (uint8_t)(1 << i % 8);
+    }
+    check(bits <= 8 * 8, "of %zu single bits, in header and data, only %zu go unseen (at most 64: "
+          "those of the word checksum)", 8 * n, bits);
+    free(file);
+}
+
+#define TEN "aaaaaaaaaa"
+#define HUNDRED TEN TEN TEN TEN TEN TEN TEN TEN TEN TEN
+
+// A good header with its first `find` replaced: what must be said about it. '\a' stands for NUL,
+// find "" puts it at the end, `more` appends bytes of data.
+static const struct {
+    const char *find, *replace, *fault;
+    int more;
+} edits[] = {
+    // the grammar
+    {"{\"__m", " {\"__m", "expected '{'", 0},
+    {"{\"__m", "[\"__m", "expected '{'", 0},
+    {"_\":{\"f", "_\":[\"f", "expected '{'", 0},
+    {"\"pt\"", "1", "expected '\"'", 0},
+    {"\"pt\"", "null", "expected '\"'", 0},
+    {"\"pt\"", "{}", "expected '\"'", 0},
+    {"\"pt\"", "[\"pt\"]", "expected '\"'", 0},
+    {"\"pt\",", "\"pt\",,", "expected '\"'", 0},
+    {"\"pt\",", "\"pt\" ", "expected ','", 0},
+    {"\"format\":", "\"format\" ", "expected ':'", 0},
+    {"\"format\":", "format:", "expected '\"'", 0},
+    {"\"norm_in.bias\":", "norm_in.bias:", "expected '\"'", 0},
+    {"2136]}}", "2136]}", "expected ','", 0},
+    {"2136]}}", "2136]},}", "expected '\"'", 0},
+    {"2136]}}", "2136", "expected ','", 0},
+    {"", "x", "nothing but spaces", 0},
+    {"", "{}", "nothing but spaces", 0},
+    {"", "\n", "nothing but spaces", 0},
+    {"", "\a", "nothing but spaces", 0},
+    // strings
+    {"pt", "p\nt", "control character", 0},
+    {"pt", "p\at", "control character", 0},
+    {"pt", "\xFF", "valid UTF-8", 0},
+    {"pt", "\x80", "valid UTF-8", 0},
+    {"pt", "\xC0\xAF", "valid UTF-8", 0},
+    {"pt", "\xE0\x80\xAF", "valid UTF-8", 0},
+    {"pt", "\xF0\x80\x80\xAF", "valid UTF-8", 0},
+    {"pt", "\xED\xA0\x80", "valid UTF-8", 0},
+    {"pt", "\xF4\x90\x80\x80", "valid UTF-8", 0},
+    {"pt", "\xF8\x88\x80\x80\x80", "valid UTF-8", 0},
+    {"pt", "\xE2\x82", "valid UTF-8", 0},
+    {"norm_in.bias", "norm_in\xFF" "bias", "valid UTF-8", 0},
+    {"pt", "\\q", "valid escape", 0},
+    {"pt", "\\", "expected ','", 0},
+    {"pt", "\\u12", "hexadecimal", 0},
+    {"pt", "\\u12G4", "hexadecimal", 0},
+    {"pt", "\\u0000", "no NUL", 0},
+    {"norm_in.bias", "norm_in\\u0000bias", "no NUL", 0},
+    {"pt", "\\ud800", "surrogate", 0},
+    {"pt", "\\udc00", "surrogate", 0},
+    {"pt", "\\ud800\\u0041", "surrogate", 0},
+    {"norm_in.bias", HUNDRED HUNDRED, "shorter string", 0},
+    {"\"format", "\"" HUNDRED HUNDRED, "shorter string", 0},
+    {"2136]}}", "2136]},\"no end", "end of a string", 0},
+    // numbers
+    {"[56,2104]", "[-56,2104]", "digits", 0},
+    {"[56,2104]", "[+56,2104]", "digits", 0},
+    {"[56,2104]", "[56.0,2104]", "expected ','", 0},
+    {"[56,2104]", "[5e1,2104]", "expected ','", 0},
+    {"[56,2104]", "[0x38,2104]", "expected ','", 0},
+    {"[56,2104]", "[056,2104]", "leading zeros", 0},
+    {"[56,2104]", "[,2104]", "digits", 0},
+    {"[56,2104]", "[\"56\",2104]", "digits", 0},
+    {"[56,2104]", "[true,2104]", "digits", 0},
+    {"[56,2104]", "[56,18446744073709551616]", "below 2^64", 0},
+    {"[56,2104]", "[56,99999999999999999999999999]", "below 2^64", 0},
+    {"[56,2104]", "[56]", "two offsets", 0},
+    {"[56,2104]", "[56,2104,2104]", "two offsets", 0},
+    {"[56,2104]", "[]", "two offsets", 0},
+    {"[56,2104]", "56", "expected '['", 0},
+    {"[256,2]", "[256,-2]", "digits", 0},
+    {"[256,2]", "[256,2.0]", "expected ','", 0},
+    {"[256,2]", "null", "expected '['", 0},
+    {"[256,2]", "[[256,2]]", "digits", 0},
+    {"[256,2]", "[[[[[[[[[[[[[[[[[[[[[[[[", "digits", 0},
+    {"[256,2]", "{\"a\":{\"a\":{}}}", "expected '['", 0},
+    {"[256,2]", "[256,2,1,1]", "at most 3 dimensions", 0},
+    // shapes, spans, dtypes
+    {"[256,2]", "[256,0]", "a dimension of 0", 0},
+    {"[256,2]", "[18446744073709551615,2]", "overflows", 0},
+    {"[256,2]", "[4294967296,4294967296]", "overflows", 0},
+    {"[256,2]", "[4611686018427387904]", "overflows", 0},
+    {"[256,2]", "[4611686018427388416]", "overflows", 0},
+    {"[256,2]", "[256,3]", "its shape needs 3072", 0},
+    {"[256,2]", "[]", "its shape needs 4", 0},
+    {"[256,2]", "[2,256]", "has shape (2,256), expected (256,2)", 0},
+    {"[256,2]", "[512]", "has shape (512), expected (256,2)", 0},
+    {"[256,2]", "[256,1,2]", "has shape (256,1,2), expected (256,2)", 0},
+    {"[56,2104]", "[60,2108]", "after a gap", 0},
+    {"[56,2104]", "[48,2096]", "inside the one", 0},
+    {"[56,2104]", "[2104,56]", "is said to be at", 0},
+    {"[56,2104]", "[56,2105]", "its shape needs 2048", 0},
+    {"[2128,2136]", "[2136,2144]", "is said to be at", 0},
+    {"[2128,2136]", "[18446744073709551608,0]", "is said to be at", 0},
+    {"[2128,2136]", "[2120,2128]", "inside the one", 0},
+    {"[2128,2136]", "[2136,2144]", "after a gap", 8},
+    {"\"F32\"", "\"F64\"", "type F64", 0},
+    {"\"F32\"", "\"BF16\"", "type BF16", 0},
+    {"\"F32\"", "\"f32\"", "type f32", 0},
+    {"\"F32\"", "\"\"", "type ,", 0},
+    {"\"F32\"", "\"\\u001b[31m\"", "type ?[31m", 0},
+    {"\"F32\"", "32", "expected '\"'", 0},
+    {"\"F32\",", "\"F32\",\"extra\":1,", "unknown field 'extra'", 0},
+    {"\"F32\",", "\"F32\",\"dtype\":\"F32\",", "twice the field 'dtype'", 0},
+    {"\"dtype\":\"F32\",", "", "expected ','", 0},
+    {",\"data_offsets\":[56,2104]", "", "expected ','", 0},
+    {"\"dtype\":\"F32\",\"shape\":[256,2],\"data_offsets\":[56,2104]", "", "expected '\"'", 0},
+    // which tensors
+    {"norm_in.bias", "norm_out.bias", "norm_out.bias is there twice", 0},
+    {"norm_in.bias", "norm_out\\u002ebias", "norm_out.bias is there twice", 0},
+    {"norm_in.bias", "norm_in.Bias", "norm_in.bias is missing", 0},
+    {"norm_in.bias", "", "norm_in.bias is missing", 0},
+    {"2136]}}", "2136]},\"zz\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[2136,2144]}}",
+     "zz is not of this model", 8},
+    // metadata
+    {"__metadata__", "__Metadata__", "unknown field 'format'", 0},
+    {"\"norm_in.bias\":", "\"__metadata__\":{},\"norm_in.bias\":", "two __metadata__", 0},
+    {"\"pt\",", "\"pt\",\"format\":\"pt\",", "'format' twice", 0},
+    {"\"fuzzytok\"", "\"llama\"", "another program (llama)", 0},
+    {"\"model\":\"fuzzytok\",", "", "another program", 0},
+    {"\"version\":\"1\"", "\"version\":\"2\"", "version '2'", 0},
+    {"\"version\":\"1\",", "", "version ''", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"3\"", "a tied head needs", 0},
+    {"\"channels\":\"2\",\"latent\":\"2\"", "\"channels\":\"3\",\"latent\":\"3\"",
+     "has shape (256,2), expected (256,3)", 0},
+    {"\"channels\":\"2\",\"latent\":\"2\"", "\"channels\":\"65536\",\"latent\":\"65536\"",
+     "expected (256,65536)", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"0\"", "channels is 0", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"65537\"", "channels is 65537", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"-2\"", "invalid value -2 for channels", 0},
+    {"\"channels\":\"2\"", "\"channels\":\" 2\"", "invalid value  2 for channels", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"02\"", "invalid value 02 for channels", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"2.0\"", "invalid value 2.0 for channels", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"4294967298\"", "for channels", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"\"", "for channels", 0},
+    {"\"channels\":\"2\",", "", "nothing for channels", 0},
+    {"\"taps\":\"2\"", "\"taps\":\"3\"", "has shape (2,2,2), expected (2,2,3)", 0},
+    {"\"taps\":\"2\"", "\"taps\":\"257\"", "taps is 257", 0},
+    {"\"blocks\":\"1\"", "\"blocks\":\"2\"", "blocks.1.conv.0.weight is missing", 0},
+    {"\"blocks\":\"1\"", "\"blocks\":\"1024\"", "too few for the 1024 convs", 0},
+    {"\"blocks\":\"1\"", "\"blocks\":\"1025\"", "blocks is 1025", 0},
+    {"\"dilations\":\"1\"", "\"dilations\":\"\"", "for dilations", 0},
+    {"\"dilations\":\"1\"", "\"dilations\":\"0\"", "dilation 0 is 0", 0},
+    {"\"dilations\":\"1\"", "\"dilations\":\"1,\"", "for dilations", 0},
+    {"\"dilations\":\"1\"", "\"dilations\":\",1\"", "for dilations", 0},
+    {"\"dilations\":\"1\"", "\"dilations\":\"1,,1\"", "for dilations", 0},
+    {"\"dilations\":\"1\"", "\"dilations\":\"1048577\"", "dilation 0 is 1048577", 0},
+    {"\"dilations\":\"1\"",
+     "\"dilations\":\"1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1\"",
+     "for dilations", 0},
+    {"\"prenorm\"", "\"other\"", "invalid value other for block_form", 0},
+    {"\"prenorm\"", "\"paper\"", "blocks.0.norm.0.bias is not of this model", 0},
+    {"\"tie\":\"yes\"", "\"tie\":\"maybe\"", "invalid value maybe for tie", 0},
+    {"\"tie\":\"yes\"", "\"tie\":\"no\"", "proj.weight is missing", 0},
+    {"\"softcap\":\"0\"", "\"softcap\":\"-1\"", "softcap is -1", 0},
+    {"\"softcap\":\"0\"", "\"softcap\":\"nan\"", "softcap", 0},
+    {"\"softcap\":\"0\"", "\"softcap\":\"inf\"", "softcap is inf", 0},
+    {"\"softcap\":\"0\"", "\"softcap\":\"0x1\"", "for softcap", 0},
+    {"\"softcap\":\"0\"", "\"softcap\":\"1e7\"", "softcap", 0},
+    {"\"pt\"", "\"pt\",\"roles\":\"params\"", "params/embedding.weight is missing", 0},
+    {"\"pt\"", "\"pt\",\"roles\":\"\"", "the roles are", 0},
+    {"\"pt\"", "\"pt\",\"roles\":\"a,a\"", "the roles are", 0},
+    {"\"pt\"", "\"pt\",\"roles\":\"../a\"", "the roles are", 0},
+    {"\"pt\"", "\"pt\",\"roles\":\"a,b,c,d,e,f,g,h,i\"", "the roles are", 0},
+    {"\"pt\"", "\"pt\",\"roles\":\"" HUNDRED "\"", "too long", 0},
+};
+
+// Puts a length, a header and data together. Returns the bytes of the file.
+static size_t assemble(uint8_t *file, const char *header, size_t n, const uint8_t *data,
+                       size_t n_data) {
+    for (int b = 0; b < 8; b++) file[b] = (uint8_t)((uint64_t)n >> (8 * b));
+    memcpy(file + 8, header, n);
+    memcpy(file + 8 + n, data, n_data);
+    return 8 + n + n_data;
+}
+
+// A good file without checksum: so that nothing but the edit can be what is wrong.
+static size_t without_checksum(uint8_t *file, const uint8_t *good, size_t n) {
+    size_t header = (size_t)good[0] + ((size_t)good[1] << 8);
+    char text[8192];
+    need(header < sizeof text, "a header of the expected size");
+    memcpy(text, good + 8, header);
+    text[header] = 0;
+    char *from = strstr(text, "\"checksum\""), *to = from ? strchr(from, ',') : NULL;
+    need(to != NULL, "a checksum in the header");
+    memmove(from, to + 1, strlen(to + 1) + 1);
+    return assemble(file, text, strlen(text), good + 8 + header, n - 8 - header);
+}
+
+static void test_edits(const uint8_t *good, size_t n) {
+    size_t header = (size_t)good[0] + ((size_t)good[1] << 8);
+    const char *text = (const char *)good + 8;
+    uint8_t *file = malloc(n + 4096), data[4096] = {0};
+    need(file != NULL && n - 8 - header + 8 <= sizeof data, "memory");
+    memcpy(data, good + 8 + header, n - 8 - header);
+    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
+        char edited[8192];
+        size_t find = strlen(edits[i].find), with = strlen(edits[i].replace), at = 0;
+        while (find && at + find <= header && memcmp(text + at, edits[i].find, find)) at++;
+        if (!find) at = header;
+        need(at + find <= header, edits[i].find);
+        memcpy(edited, text, at);
+        memcpy(edited + at, edits[i].replace, with);
+        memcpy(edited + at + with, text + at + find, header - at - find);
+        for (size_t k = at; k < at + with; k++)
+            if (edited[k] == '\a') edited[k] = 0;
+        size_t size = assemble(file, edited, header + with - find, data,
+                               n - 8 - header + (size_t)edits[i].more);
+        Error e = {""};
+        bool ok = refused(file, size, edits[i].fault, &e);
+        check(ok, "refused: %s", e.text);
+        if (!ok) printf("     edit %zu, expected '%s'\n", i, edits[i].fault);
+    }
+    free(file);
+}
+
+// Files that are nothing of the kind.
+static void test_no_files(void) {
+    static const struct {
+        const char *what;
+        size_t n;
+        const char *bytes, *fault;
+    } cases[] = {
+        {"an empty file", 0, "", "not a safetensors file"},
+        {"seven bytes", 7, "1234567", "not a safetensors file"},
+        {"eight zeros", 8, "\0\0\0\0\0\0\0\0", "expected '{'"},
+        {"a text", 26, "Once upon a time there was", "not a safetensors file, or cut off"},
+        {"a length of 2^64 - 1", 10, "\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF{}", "cut off"},
+        {"a length of 2^63", 10, "\0\0\0\0\0\0\0\x80{}", "cut off"},
+        {"one byte too long", 10, "\3\0\0\0\0\0\0\0{}", "cut off"},
+        {"no tensors at all", 10, "\2\0\0\0\0\0\0\0{}", "no __metadata__"},
+        {"an array", 10, "\2\0\0\0\0\0\0\0[]", "expected '{'"},
+        {"only a brace", 9, "\1\0\0\0\0\0\0\0{", "expected '\"'"},
+        {"a byte of data", 11, "\2\0\0\0\0\0\0\0{}x", "no __metadata__"},
+    };
+    Error e;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check(refused((const uint8_t *)cases[i].bytes, cases[i].n, cases[i].fault, &e), "%s: %s",
+              cases[i].what, e.text);
+    Model m;
+    check(checkpoint_load_model(&m, in_folder("missing"), cpu, 1, 1, &e) &&
+              strstr(e.text, "No such file"), "%s", e.text);
+    check(checkpoint_load_model(&m, folder, cpu, 1, 1, &e) && strstr(e.text, "a directory"), "%s",
+          e.text);
+}
+
+// Values that are not finite, from a file that is sound otherwise.
+static void test_values(const uint8_t *plain, size_t n) {
+    static const uint32_t bad[] = {0x7F800000, 0xFF800000, 0x7FC00000, 0x7F800001};
+    uint8_t *file = malloc(n);
+    real host[1024];
+    need(file != NULL, "out of memory");
+    memcpy(file, plain, n);
+    Checkpoint ck;
+    Error e = {""};
+    int refusals = 0;
+    for (int i = 0; i < 4; i++) {
+        for (int b = 0; b < 4; b++) file[n - 12 + (size_t)b] = (uint8_t)(bad[i] >> (8 * b));
+        bool opens = checkpoint_parse(&ck, "FILE", file, n, &e) == 0;
+        refusals += opens && checkpoint_read(&ck, "", host, &e) && says(&e, "norm_out.bias");
+        checkpoint_close(&ck);
+    }
+    check(refusals == 4, "infinities and NaNs are refused: %s", e.text);
+    memcpy(file, plain, n);
+    bool opens = checkpoint_parse(&ck, "FILE", file, n, &e) == 0;
+    check(opens && checkpoint_read(&ck, "", host, &e) == 0,
+          "the same file without a checksum and unedited is accepted");
+    checkpoint_close(&ck);
+    free(file);
+}
+
+static void test_bad_files(void) {
+    Model m;
+    open_filled(&m, &tiny, 9);
+    const char *path = in_folder("tiny.safetensors");
+    const Role role = {"", m.params};
+    Error e;
+    if (checkpoint_save(path, &m, &role, 1, NULL, 0, &e)) need(false, e.text);
+    size_t n;
+    uint8_t *good = read_file(path, &n), *plain = malloc(n);
+    need(good != NULL && plain != NULL, "a good file");
+    size_t n_plain = without_checksum(plain, good, n);
+    test_cuts_and_flips(good, n);
+    test_edits(plain, n_plain);
+    test_no_files();
+    test_values(plain, n_plain);
+    free(good);
+    free(plain);
+    model_free(&m);
+}
+
+// ---- The program --------------------------------------------------------------------------------
+
+static char program[1100];
+
+// Runs ./sample in the folder of this test, output in `out`, messages in `err`; its exit status.
+static int sample(const char *arguments) {
+    char command[4096];
+    snprintf(command, sizeof command, "cd %s && %s %s >out 2>err </dev/null", folder, program,
+             arguments);
+    int status = system(command);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+static bool same_files(const char *a, const char *b) {
+    size_t n, k;
+    uint8_t *x = read_file(in_folder(a), &n), *y = read_file(in_folder(b), &k);
+    bool same = x && y && n == k && memcmp(x, y, n) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+static long long file_size(const char *name) {
+    struct stat st;
+    return stat(in_folder(name), &st) ? -1 : (long long)st.st_size;
+}
+
+// That a command fails with `status` and one line on stderr that holds `fault`, and prints nothing.
+static void check_fails(const char *arguments, int status, const char *fault) {
+    size_t n;
+    int got = sample(arguments);
+    char *line = (char *)read_file(in_folder("err"), &n);
+    bool one_line = line && n > 0 && strchr(line, '\n') == line + n - 1;
+    check(got == status && one_line && strstr(line, fault) && file_size("out") == 0,
+          "exit status %d: %.*s", got, line && n ? (int)n - 1 : 0, line ? line : "");
+    free(line);
+}
+
+static const Config use = {.channels = 24, .latent = 20, .taps = 3, .blocks = 2, .n_dilations = 2,
+                           .dilations = {1, 3}, .softcap = 6};
+
+enum { LONG_FILE = 110000 };  // more than two rounds of windows
+
+static void make_files(void) {
+    Model m, other;
+    open_filled(&m, &use, 10);
+    open_filled(&other, &use, 11);
+    save_or_die(in_folder("m.safetensors"), &m);
+    save_or_die(in_folder("other.safetensors"), &other);
+    model_free(&m);
+    model_free(&other);
+    static uint8_t bytes[LONG_FILE];
+    for (size_t i = 0; i < LONG_FILE; i++)
+        bytes[i] = (uint8_t)philox(12, (uint32_t)i, 0, 0, RNG_TEST).v[0];
+    write_bytes(in_folder("long"), bytes, LONG_FILE);
+    write_bytes(in_folder("empty"), "", 0);
+    write_bytes(in_folder("one"), "\xFF", 1);
+    write_bytes(in_folder("two"), "\0\xFF", 2);
+    write_bytes(in_folder("field"), bytes, (size_t)config_receptive_field(&use));
+    write_bytes(in_folder("binary"), bytes, 3000);
+    memset(bytes, 0xFF, 2000);
+    write_bytes(in_folder("ones"), bytes, 2000);
+    for (int i = 0; i < 2000; i++) bytes[i] = (uint8_t)"the cat sat on the mat. "[i % 24];
+    write_bytes(in_folder("text"), bytes, 2000);
+}
+
+static void test_generate(void) {
+    int status = sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5");
+    check(status == 0 && file_size("out") == 302,
+          "the prompt and as many bytes as asked for go to stdout, nothing else");
+    rename(in_folder("out"), in_folder("first"));
+    sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --threads 3");
+    check(same_files("out", "first"), "the same seed writes the same text, whatever the threads");
+    sample("m.safetensors --prompt 'ab' --bytes 300 --seed 6");
+    check(!same_files("out", "first"), "another seed writes another");
+    sample("m.safetensors --prompt-file two --bytes 300 --seed 5");
+    check(file_size("out") == 302, "a prompt from a file, NUL and all");
+    check(sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --streams 4") == 0 &&
+              file_size("out") == 4 * 302, "four streams write four texts");
+    size_t n, k;
+    uint8_t *all = read_file(in_folder("out"), &n), *first = read_file(in_folder("first"), &k);
+    check(n > k && memcmp(all, first, k) == 0, "of which the first is that of one stream");
+    check(n > k && memcmp(all, all + 302, 302) != 0, "and the second another");
+    free(all);
+    free(first);
+    sample("m.safetensors --bytes 100 --temperature 0");
+    rename(in_folder("out"), in_folder("first"));
+    sample("m.safetensors --bytes 100 --top-k 1 --seed 9");
+    check(same_files("out", "first") && file_size("out") == 100,
+          "temperature 0 is the likeliest byte, and so is top-k 1");
+    char command[4096];
+    snprintf(command, sizeof command,
+             "cd %s && (%s m.safetensors --bytes 0 2>err; echo $? >status) | head -c 10 >out",
+             folder, program);
+    size_t size = 0;
+    char *said = system(command) == 0 ? (char *)read_file(in_folder("status"), &size) : NULL;
+    check(said && strcmp(said, "0\n") == 0 && file_size("err") == 0,
+          "a closed pipe ends an endless text quietly, with status 0");
+    free(said);
+    snprintf(command, sizeof command, "cd %s && %s m.safetensors >/dev/full 2>err", folder,
+             program);
+    status = system(command);
+    said = (char *)read_file(in_folder("err"), &size);
+    check(WEXITSTATUS(status) == 1 && strstr(said, "No space left"), "a full disk: %s", said);
+    free(said);
+}
+
+// Nats per byte of a file by one full forward pass over all of it.
+static double reference_score(const char *name) {
+    size_t n;
+    uint8_t *bytes = read_file(in_folder(name), &n);
+    Model m;
+    Error e;
+    if (checkpoint_load_model(&m, in_folder("m.safetensors"), cpu, 1, (int)n, &e))
+        need(false, e.text);
+    int *ids = malloc(2 * n * sizeof *ids), *targets = ids + n;
+    real *losses = new_reals(n);
+    need(ids != NULL, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        ids[i] = bytes[i];
+        targets[i] = i + 1 < n ? bytes[i + 1] : -1;
+    }
+    model_losses(&m, ids, targets, losses);
+    double nats = log(256);
+    for (size_t i = 0; i < n; i++) nats += losses[i];
+    free(ids);
+    free(losses);
+    free(bytes);
+    model_free(&m);
+    return nats / (double)n;
+}
+
+static double printed_score(const char *name) {
+    char arguments[200];
+    snprintf(arguments, sizeof arguments, "m.safetensors --score %s", name);
+    size_t n;
+    char *line = sample(arguments) == 0 ? (char *)read_file(in_folder("out"), &n) : NULL;
+    double nats = line ? strtod(line, NULL) : NAN;
+    free(line);
+    return nats;
+}
+
+static void test_score(void) {
+    static const char *const files[] = {"one", "two", "field", "binary", "text", "long"};
+    for (int i = 0; i < 6; i++) {
+        double want = reference_score(files[i]);
+        check_error(fabs(printed_score(files[i]) - want) / want, 2e-6,
+                    "--score = the full forward pass over '%s', %.6f nats/byte", files[i], want);
+    }
+    check_fails("m.safetensors --score empty", 1, "empty");
+    check_fails("m.safetensors --score missing", 1, "No such file");
+    check_fails("m.safetensors --score .", 1, "directory");
+    double want = printed_score("text") * 2000 / log(2), sum = 0;
+    sample("m.safetensors --score text --heat");
+    size_t n;
+    char *table = (char *)read_file(in_folder("out"), &n), *row = table;
+    int rows = 0, right = 0;
+    while ((row = strchr(row, '\n')) && row[1]) {
+        long offset, byte;
+        double bits;
+        row++;
+        if (sscanf(row, "%ld\t%ld\t%lf", &offset, &byte, &bits) != 3) break;
+        right += offset == rows && byte == "the cat sat on the mat. "[rows % 24];
+        sum += bits;
+        rows++;
+    }
+    check(rows == 2000 && right == 2000, "--heat has a row for each byte");
+    check_error(fabs(sum - want) / want, 1e-4, "whose bits add up to the score");
+    free(table);
+}
+
+static void test_latents(void) {
+    check(sample("m.safetensors --latents z.npy long") == 0, "--latents of a file");
+    size_t n, k;
+    uint8_t *npy = read_file(in_folder("z.npy"), &n), *bytes = read_file(in_folder("long"), &k);
+    static const char want[] = "\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, "
+                               "'shape': (110000, 20), }";
+    need(npy != NULL && bytes != NULL, "the latents");
+    check(n == 128 + (size_t)LONG_FILE * 80 && memcmp(npy, want, sizeof want - 1) == 0 &&
+              npy[127] == '\n', "is an array that numpy reads");
+    Stream s;
+    Model m;
+    Error e;
+    if (checkpoint_load_model(&m, in_folder("m.safetensors"), cpu, 1, 1, &e) ||
+        stream_open(&s, &use, m.params, 1, &e))
+        need(false, e.text);
+    real z[20], logits[V];
+    size_t wrong = 0;
+    for (size_t i = 0; i < LONG_FILE; i++) {
+        int id = bytes[i];
+        stream_push(&s, &id, z, logits);
+        wrong += !same_bits(z, (real *)(void *)(npy + 128) + i * 20, 20);
+    }
+    check(wrong == 0, "and every one of its rows is that of a single stream, bit for bit");
+    stream_free(&s);
+    model_free(&m);
+    free(npy);
+    free(bytes);
+    check_fails("m.safetensors --latents z.npy two", 1, "--force");
+    check(sample("m.safetensors --latents z.npy two --force") == 0 &&
+              file_size("z.npy") == 128 + 2 * 80, "--force overwrites");
+    check(sample("m.safetensors --latents z.npy empty --force") == 0 && file_size("z.npy") == 128,
+          "an empty file has no rows");
+}
+
+static void test_compress(void) {
+    static const char *const files[] = {"empty", "one", "two", "field", "binary", "ones", "text"};
+    char arguments[300];
+    for (int i = 0; i < 7; i++) {
+        snprintf(arguments, sizeof arguments, "m.safetensors --compress %s z --force", files[i]);
+        int made = sample(arguments);
+        rename(in_folder("z"), in_folder("z1"));
+        strcat(arguments, " --threads 3");
+        made += sample(arguments);
+        check(made == 0 && same_files("z", "z1"), "'%s' compresses, whatever the threads",
+              files[i]);
+        check(sample("m.safetensors --decompress z back --force --threads 2") == 0 &&
+                  same_files("back", files[i]), "and comes back byte for byte");
+    }
+    check(sample("m.safetensors --compress long z --force") == 0, "a long file compresses");
+    double bits = 8 * (double)file_size("z") / LONG_FILE, score = printed_score("long") / log(2);
+    check_error(fabs(bits - score) / score, 1e-3, "to its score, %.4f bits/byte", score);
+    check(sample("m.safetensors --decompress z back --force") == 0 && same_files("back", "long"),
+          "and comes back byte for byte");
+    check_fails("m.safetensors --compress text z", 1, "--force");
+    sample("m.safetensors --compress text z --force");
+    check_fails("other.safetensors --decompress z new", 1, "another model");
+    check_fails("m.safetensors --decompress text new", 1, "not made by sample");
+    check_fails("m.safetensors --decompress empty new", 1, "not made by sample");
+    size_t n;
+    uint8_t *file = read_file(in_folder("z"), &n);
+    need(file != NULL && n > 200, "a compressed text");
+    int refusals = 0, tries = 0;
+    for (size_t at = 0; at < n; at += at < 32 ? 1 : n / 8) {  // the header, and some
+        file[at] ^= 0x10;
+        write_bytes(in_folder("bad"), file, n);
+        refusals += sample("m.safetensors --decompress bad new") == 1;
+        tries++;
+        file[at] ^= 0x10;
+    }
+    for (size_t cut = 0; cut < n; cut += n / 8, tries++) {
+        write_bytes(in_folder("bad"), file, cut);
+        refusals += sample("m.safetensors --decompress bad new") == 1;
+    }
+    file = realloc(file, n + 1);
+    need(file != NULL, "out of memory");
+    file[n] = 0;
+    write_bytes(in_folder("bad"), file, n + 1);
+    refusals += sample("m.safetensors --decompress bad new") == 1;
+    check(refusals == tries + 1, "of %d damaged, cut or longer files, %d are refused", tries + 1,
+          refusals);
+    check(file_size("new") < 0 && file_size("new.tmp") < 0, "and nothing is left of them");
+    free(file);
+}
+
+static void test_usage(void) {
+    check_fails("", 2, "no model");
+    check_fails("m.safetensors --unknown", 2, "--unknown");
+    check_fails("m.safetensors --bytes -1", 2, "--bytes");
+    check_fails("m.safetensors --bytes 1x", 2, "--bytes");
+    check_fails("m.safetensors --temperature nan", 2, "--temperature");
+    check_fails("m.safetensors --top-p 1.5", 2, "--top-p");
+    check_fails("m.safetensors --streams 0", 2, "--streams");
+    check_fails("m.safetensors --streams 2 --bytes 0", 2, "--bytes");
+    check_fails("m.safetensors --compress text", 2, "IN OUT");
+    check_fails("m.safetensors --latents x.npy", 2, "FILE");
+    check_fails("m.safetensors text", 2, "too many");
+    check_fails("m.safetensors --heat", 2, "--score");
+    check_fails("m.safetensors --prompt a --prompt-file text", 2, "--prompt");
+    check_fails("m.safetensors --score text --compress text z", 2, "choose one");
+    check_fails("missing.safetensors", 1, "No such file");
+    check_fails(".", 1, "directory");
+    check_fails("text", 1, "not a safetensors file");
+    check_fails("state.safetensors", 1, "model.safetensors");
+    check_fails("m.safetensors --prompt-file missing", 1, "No such file");
+    check_fails("m.safetensors --compress text no/folder/z", 1, "No such file");
+    check(sample("--help") == 0 && file_size("out") > 500 && file_size("err") == 0, "--help");
+}
+
+int main(void) {
+    need(mkdtemp(folder) != NULL, "a temporary folder");
+    test_streaming();
+    test_sampling();
+    test_round_trip(&tiny, "pre-norm, tied");
+    test_round_trip(&use, "paper, softcap");
+    test_layout();
+    test_state();
+    test_failed_writes();
+    test_killed_writes();
+    test_bad_files();
+    char here[1000];
+    const char *other = getenv("SAMPLE");
+    need(getcwd(here, sizeof here) != NULL, "the name of this folder");
+    snprintf(program, sizeof program, "%s%s", other ? "" : here, other ? other : "/sample");
+    if (access(program, X_OK) == 0) {
+        make_files();
+        test_generate();
+        test_score();
+        test_latents();
+        test_compress();
+        test_usage();
+    } else {
+        skip("the program: ./sample is not built here");
+    }
+    char command[400];
+    snprintf(command, sizeof command, "rm -r %s", folder);
+    if (system(command)) printf("     %s is left behind\n", folder);
+    return finish();
+}
