@@ -127,6 +127,21 @@ doctor:
 
 # ---- Tests ----
 
-# Runs each test program and adds up their closing lines; fails if one fails or runs nothing.
 test: $(TESTS) train sample data/language
 	./run_tests.sh
+
+# The same tests in a copy, so that the programs here stay as they are: with sanitizers, or as
+# another compiler builds them (make try CC=clang OPENMP= NVCC=).
+COPY = rm -rf build/$@ && mkdir -p build/$@/data && cp Makefile *.c *.h *.cu *.sh build/$@ && \
+	cp data/*.[ch] build/$@/data
+asan:
+	$(COPY)
+	$(MAKE) -C build/$@ NVCC= CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' test
+try:
+	$(COPY)
+	$(MAKE) -C build/$@ test
+
+mutate:
+	./mutate.sh
+
+.PHONY: all demo plot doctor test asan try mutate FORCE

@@ -23,14 +23,14 @@ typedef struct {
 static Options opt = {.seconds = 1};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 static Option table[] = {
-    {"device", OPT_CHOICE, &opt.device, 0, 0, "NAME", "where to compute", device_names, 0, 0},
-    {"kernels", OPT_TEXT, &opt.kernels, 0, 0, "NAME", "naive, tiled ...: the GPU kernels", 0, 0, 0},
-    {"only", OPT_TEXT, &opt.only, 0, 0, "LIST", "tables by name, commas between", 0, 0, 0},
-    {"batch", OPT_INT, &opt.batch, 0, 1 << 20, "B", "of step and layers, 0 = the device's", 0, 0, 0},
-    {"seq", OPT_INT, &opt.seq, 0, 1 << 24, "T", "of step and layers, 0 = the device's", 0, 0, 0},
-    {"threads", OPT_INT, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores", 0, 0, 0},
-    {"seconds", OPT_REAL, &opt.seconds, 0.01, 600, "S", "spent on each figure", 0, 0, 0},
-    {"tsv", OPT_FLAG, &opt.tsv, 0, 0, NULL, "tab-separated values instead of columns", 0, 0, 0},
+    CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
+    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "naive, tiled ...: the GPU kernels"),
+    TEXT("only", NOT_SAVED, &opt.only, "LIST", "tables by name, commas between"),
+    INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step and layers, 0 = the device's"),
+    INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step and layers, 0 = the device's"),
+    INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
+    NUMBER("seconds", NOT_SAVED, &opt.seconds, 0.01, 600, "S", "spent on each figure"),
+    FLAG("tsv", NOT_SAVED, &opt.tsv, "tab-separated values instead of columns"),
 };
 enum { N_OPTIONS = sizeof table / sizeof *table };
 

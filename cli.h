@@ -44,6 +44,21 @@ typedef struct {
     bool given;                  // on this command line
 } Option;
 
+// Rows of a table of options. SAVED: part of what a training run is.
+enum { NOT_SAVED, SAVED };
+#define SECTION(help) {NULL, OPT_SECTION, NULL, 0, 0, NULL, help, NULL, 0, 0}
+#define FLAG(name, saved, p, help) {name, OPT_FLAG, p, 0, 0, NULL, help, NULL, saved, 0}
+#define INT(name, saved, p, min, max, arg, help) \
+    {name, OPT_INT, p, min, max, arg, help, NULL, saved, 0}
+#define SEED(name, saved, p, arg, help) {name, OPT_SEED, p, 0, 0, arg, help, NULL, saved, 0}
+#define NUMBER(name, saved, p, min, max, arg, help) \
+    {name, OPT_REAL, p, min, max, arg, help, NULL, saved, 0}
+#define TEXT(name, saved, p, arg, help) {name, OPT_TEXT, p, 0, 0, arg, help, NULL, saved, 0}
+#define INTS(name, saved, p, min, max, arg, help) \
+    {name, OPT_INTS, p, min, max, arg, help, NULL, saved, 0}
+#define CHOICE(name, saved, p, choices, arg, help) \
+    {name, OPT_CHOICE, p, 0, 0, arg, help, choices, saved, 0}
+
 typedef struct {
     const char *program, *usage, *about;
     Option *options;

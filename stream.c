@@ -113,38 +113,38 @@ static real *aligned(size_t n) {
     return p;
 }
 
+// Counts, allocates and fills, in this order.
+static int build(Stream *s, const Model *m, const real *params, Error *e) {
+    Pieces weights = {0}, state = {0};
+    s->L = m->L;
+    s->convs = calloc((size_t)m->L, sizeof *s->convs);
+    if (!s->convs) return fail(e, "out of memory");
+    place(s, m, params, &weights, &state);
+    size_t rows = ((size_t)m->L * (size_t)s->config.taps + 2) * (size_t)s->capacity;
+    double need = weights.bytes + state.bytes + (double)rows * sizeof *s->row_space;
+    double there = (double)cpu_backend.available();
+    if (need <= there) {
+        s->weights = weights.base = aligned(weights.used);
+        s->state = state.base = aligned(state.used);
+        s->row_space = calloc(rows, sizeof *s->row_space);
+    }
+    if (!s->weights || !s->state || !s->row_space)
+        return fail(e, "%d streams need %.3g GB of memory, and %.3g GB are free", s->capacity,
+                    need / 1e9, there / 1e9);
+    weights.used = state.used = 0;
+    place(s, m, params, &weights, &state);
+    s->layer_weights = weights.used / (size_t)(m->L + 2);
+    return s->head.weight ? 0 : fail(e, "out of memory");
+}
+
 int stream_open(Stream *s, const Config *config, const real *params, int capacity, Error *e) {
     *s = (Stream){.config = *config, .capacity = capacity};
     if (config_check(config, e)) return -1;
     if (capacity < 1 || capacity > MAX_STREAMS)
         return fail(e, "%d streams, expected 1 to %d", capacity, MAX_STREAMS);
     Model m = {.config = *config};
-    Pieces weights = {0}, state = {0};
     int status = model_describe(&m, e);
-    if (status == 0) {
-        s->L = m.L;
-        s->convs = calloc((size_t)m.L, sizeof *s->convs);
-        size_t n_rows = ((size_t)m.L * (size_t)config->taps + 2) * (size_t)capacity;
-        s->row_space = calloc(n_rows, sizeof *s->row_space);
-        if (!s->convs || !s->row_space) status = fail(e, "out of memory");
-    }
-    if (status == 0) {
-        place(s, &m, params, &weights, &state);
-        double need = weights.bytes + state.bytes, there = (double)cpu_backend.available();
-        if (need <= there) {
-            s->weights = weights.base = aligned(weights.used);
-            s->state = state.base = aligned(state.used);
-        }
-        if (!s->weights || !s->state)
-            status = fail(e, "%d streams need %.3g GB of memory, and %.3g GB are free", capacity,
-                          need / 1e9, there / 1e9);
-    }
-    if (status == 0) {
-        weights.used = state.used = 0;
-        place(s, &m, params, &weights, &state);
-        s->layer_weights = weights.used / (size_t)(m.L + 2);
-        if (!s->head.weight) status = fail(e, "out of memory");
-    }
+    if (status == 0) status = build(s, &m, params, e);
     model_free(&m);
     if (status)
         stream_free(s);

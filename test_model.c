@@ -255,7 +255,7 @@ static void test_fresh(const char *name, Config config) {
 
 // Four texts of one window each: every batch is drawn from those four.
 static void test_overfit(const char *name, Config config) {
-    enum { B = 4, T = 32, PARTS = 4, STEPS = 300 };
+    enum { B = 4, T = 32, PARTS = 4, STEPS = 200 };
     const uint64_t length[PARTS] = {T + 1, T + 1, T + 1, T + 1};
     Training training = {.seed = 3, .passes = 1,
                          .hyper = {.steps = STEPS, .warmup = 10, .lr = 3e-3, .beta1 = 0.9,

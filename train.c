@@ -25,7 +25,7 @@ typedef struct {
     uint64_t seed;
     IntList dilations;
     int form, device;
-    bool tie, force, no_selftest;
+    bool tie, no_selftest;
     const char *val, *out, *resume, *kernels;
 } Options;
 
@@ -46,49 +46,46 @@ static const char *const presets[] = {
 static const char *const form_names[] = {"paper", "prenorm", NULL};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
-#define MILLION 1e6
 static Option table[] = {
-    {.kind = OPT_SECTION, .help = "the model"},
-    {"preset", OPT_CHOICE, &opt.preset, 0, 0, "NAME", "a set of options", preset_names, 0, 0},
-    {"channels", OPT_INT, &opt.channels, 1, MAX_CHANNELS, "C", "channels", 0, 1, 0},
-    {"latent", OPT_INT, &opt.latent, 0, MAX_CHANNELS, "D", "latent width, 0 = channels", 0, 1, 0},
-    {"taps", OPT_INT, &opt.taps, 1, MAX_TAPS, "K", "taps of a conv", 0, 1, 0},
-    {"blocks", OPT_INT, &opt.blocks, 1, 1024, "N", "times the dilations are repeated", 0, 1, 0},
-    {"dilations", OPT_INTS, &opt.dilations, 1, 1 << 20, "LIST", "dilations of a block", 0, 1, 0},
-    {"block-form", OPT_CHOICE, &opt.form, 0, 0, "FORM", "residual around", form_names, 1, 0},
-    {"tie", OPT_FLAG, &opt.tie, 0, 0, NULL, "the head is the embedding, transposed", 0, 1, 0},
-    {"softcap", OPT_REAL, &opt.softcap, 0, MILLION, "S", "logits = S tanh(logits/S), 0 = off", 0, 1,
-     0},
-    {.kind = OPT_SECTION, .help = "training"},
-    {"steps", OPT_INT, &opt.steps, 1, 2e9, "N", "optimizer steps", 0, 1, 0},
-    {"batch", OPT_INT, &opt.batch, 1, 1 << 20, "B", "windows held at a time", 0, 1, 0},
-    {"seq", OPT_INT, &opt.seq, 1, 1 << 24, "T", "bytes of a window", 0, 1, 0},
-    {"accum", OPT_INT, &opt.accum, 1, 1 << 16, "N", "passes of `batch` windows per step", 0, 1, 0},
-    {"lr", OPT_REAL, &opt.lr, 0, 100, "X", "learning rate", 0, 1, 0},
-    {"min-lr", OPT_REAL, &opt.min_lr, 0, 100, "X", "where its cosine ends", 0, 1, 0},
-    {"warmup", OPT_INT, &opt.warmup, 0, 2e9, "N", "steps of linear warm-up", 0, 1, 0},
-    {"beta1", OPT_REAL, &opt.beta1, 0, 0.999999, "X", "AdamW's first decay", 0, 1, 0},
-    {"beta2", OPT_REAL, &opt.beta2, 0, 0.999999, "X", "AdamW's second decay", 0, 1, 0},
-    {"weight-decay", OPT_REAL, &opt.weight_decay, 0, 1000, "X", "of matrices: p -= lr*X*p", 0, 1, 0},
-    {"clip", OPT_REAL, &opt.clip, 0, MILLION, "X", "bound of the gradient norm, 0 = off", 0, 1, 0},
-    {"ema", OPT_REAL, &opt.ema, 0, 0.999999, "X", "decay of the weight average, 0 = off", 0, 1, 0},
-    {"dropout", OPT_REAL, &opt.dropout, 0, 0.99, "P", "dropout after every activation", 0, 1, 0},
-    {"byte-dropout", OPT_REAL, &opt.byte_dropout, 0, 0.99, "P", "input bytes zeroed", 0, 1, 0},
-    {"seed", OPT_SEED, &opt.seed, 0, 0, "N", "of everything random", 0, 1, 0},
-    {.kind = OPT_SECTION, .help = "data and evaluation"},
-    {"val-frac", OPT_REAL, &opt.val_frac, 0, 0.9, "X", "last part of each text, held out", 0, 1, 0},
-    {"val", OPT_TEXT, &opt.val, 0, 0, "FILE", "hold out this text instead", 0, 1, 0},
-    {"eval-every", OPT_INT, &opt.eval_every, 1, 2e9, "N", "steps between evaluations", 0, 1, 0},
-    {"sample-bytes", OPT_INT, &opt.sample_bytes, 0, MILLION, "N", "length of a sample", 0, 0, 0},
-    {"sample-every", OPT_INT, &opt.sample_every, 0, 2e9, "N", "steps between, 0 = at the end", 0, 0,
-     0},
-    {.kind = OPT_SECTION, .help = "the run"},
-    {"out", OPT_TEXT, &opt.out, 0, 0, "DIR", "where model, state and log go", 0, 0, 0},
-    {"resume", OPT_TEXT, &opt.resume, 0, 0, "DIR", "go on with the run in DIR", 0, 0, 0},
-    {"threads", OPT_INT, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores", 0, 0, 0},
-    {"device", OPT_CHOICE, &opt.device, 0, 0, "NAME", "where to compute", device_names, 0, 0},
-    {"kernels", OPT_TEXT, &opt.kernels, 0, 0, "NAME", "naive, tiled ...: the GPU kernels", 0, 0, 0},
-    {"no-selftest", OPT_FLAG, &opt.no_selftest, 0, 0, NULL, "skip the GPU kernels' check", 0, 0, 0},
+    SECTION("the model"),
+    CHOICE("preset", NOT_SAVED, &opt.preset, preset_names, "NAME", "a set of options"),
+    INT("channels", SAVED, &opt.channels, 1, MAX_CHANNELS, "C", "channels"),
+    INT("latent", SAVED, &opt.latent, 0, MAX_CHANNELS, "D", "latent width, 0 = channels"),
+    INT("taps", SAVED, &opt.taps, 1, MAX_TAPS, "K", "taps of a conv"),
+    INT("blocks", SAVED, &opt.blocks, 1, 1024, "N", "times the dilations are repeated"),
+    INTS("dilations", SAVED, &opt.dilations, 1, 1 << 20, "LIST", "dilations of a block"),
+    CHOICE("block-form", SAVED, &opt.form, form_names, "FORM", "residual around"),
+    FLAG("tie", SAVED, &opt.tie, "the head is the embedding, transposed"),
+    NUMBER("softcap", SAVED, &opt.softcap, 0, 1e6, "S", "logits = S tanh(logits/S), 0 = off"),
+    SECTION("training"),
+    INT("steps", SAVED, &opt.steps, 1, 2e9, "N", "optimizer steps"),
+    INT("batch", SAVED, &opt.batch, 1, 1 << 20, "B", "windows held at a time"),
+    INT("seq", SAVED, &opt.seq, 1, 1 << 24, "T", "bytes of a window"),
+    INT("accum", SAVED, &opt.accum, 1, 1 << 16, "N", "passes of `batch` windows per step"),
+    NUMBER("lr", SAVED, &opt.lr, 0, 100, "X", "learning rate"),
+    NUMBER("min-lr", SAVED, &opt.min_lr, 0, 100, "X", "where its cosine ends"),
+    INT("warmup", SAVED, &opt.warmup, 0, 2e9, "N", "steps of linear warm-up"),
+    NUMBER("beta1", SAVED, &opt.beta1, 0, 0.999999, "X", "AdamW's first decay"),
+    NUMBER("beta2", SAVED, &opt.beta2, 0, 0.999999, "X", "AdamW's second decay"),
+    NUMBER("weight-decay", SAVED, &opt.weight_decay, 0, 1000, "X", "of matrices: p -= lr*X*p"),
+    NUMBER("clip", SAVED, &opt.clip, 0, 1e6, "X", "bound of the gradient norm, 0 = off"),
+    NUMBER("ema", SAVED, &opt.ema, 0, 0.999999, "X", "decay of the weight average, 0 = off"),
+    NUMBER("dropout", SAVED, &opt.dropout, 0, 0.99, "P", "dropout after every activation"),
+    NUMBER("byte-dropout", SAVED, &opt.byte_dropout, 0, 0.99, "P", "input bytes zeroed"),
+    SEED("seed", SAVED, &opt.seed, "N", "of everything random"),
+    SECTION("data and evaluation"),
+    NUMBER("val-frac", SAVED, &opt.val_frac, 0, 0.9, "X", "last part of each text, held out"),
+    TEXT("val", SAVED, &opt.val, "FILE", "hold out this text instead"),
+    INT("eval-every", SAVED, &opt.eval_every, 1, 2e9, "N", "steps between evaluations"),
+    INT("sample-bytes", NOT_SAVED, &opt.sample_bytes, 0, 1e6, "N", "length of a sample"),
+    INT("sample-every", NOT_SAVED, &opt.sample_every, 0, 2e9, "N", "steps between, 0 = at the end"),
+    SECTION("the run"),
+    TEXT("out", NOT_SAVED, &opt.out, "DIR", "where model, state and log go"),
+    TEXT("resume", NOT_SAVED, &opt.resume, "DIR", "go on with the run in DIR"),
+    INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
+    CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
+    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "naive, tiled ...: the GPU kernels"),
+    FLAG("no-selftest", NOT_SAVED, &opt.no_selftest, "skip the GPU kernels' check"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
@@ -646,8 +643,9 @@ static int begin(Run *r, Error *e) {
     r->config = config_of_options();
     r->best = INFINITY;
     if (config_check(&r->config, e)) return -1;
-    if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e) ||
-        load_data(&r->data, &r->cli, e) || open_models(r, e))
+    if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
+    if (r->backend != &cpu_backend && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
+    if (load_data(&r->data, &r->cli, e) || open_models(r, e))
         return -1;
     int failed = opt.resume ? load_state(r, &ck, e) : model_init_params(&r->model, opt.seed, e);
     checkpoint_close(&ck);
