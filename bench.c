@@ -362,21 +362,107 @@ static void stream_table(void) {
     model_free(&m);
 }
 
+// ---- The GPU: the paper's tables, and every kernel beside the ceilings --------------------------
+
+// A training step's bytes/s of the paper's configuration; 0 where the shape does not fit.
+static double step_rate(const Backend *be, int B, int T) {
+    Model m;
+    Error e;
+    if (open_model(&m, be, B, T, &e)) return 0;
+    double s = median_seconds(one_step, &m, NULL);
+    model_free(&m);
+    return (double)B * T / s;
+}
+
+// The paper's Table 1: training bytes/s of each set of kernels, and the last over the first.
+static void table1(void) {
+    const int shapes[][2] = {{1, 128}, {8, 256}, {16, 512}, {32, 1024}, {64, 1024}, {32, 2048},
+                             {64, 2048}};
+    int n;
+    Error e;
+    const char *const *names = gpu_backend_names(&n);
+    const char *cells[16] = {"batch x seq"};
+    char text[16][32];
+    title("table1", "training, bytes/s, the paper's configuration, by set of kernels");
+    for (int j = 0; j < n; j++) cells[1 + j] = names[j];
+    cells[1 + n] = "last/first";
+    row(n + 2, cells);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        int B = shapes[i][0], T = shapes[i][1];
+        double first = 0, rate = 0;
+        snprintf(text[0], 32, "%dx%d", B, T);
+        cells[0] = text[0];
+        for (int j = 0; j < n; j++) {
+            rate = step_rate(gpu_backend(names[j], &e), B, T);
+            if (j == 0) first = rate;
+            cells[1 + j] = number(text[1 + j], "%.0f", rate);
+        }
+        cells[1 + n] = number(text[1 + n], "%.2f", rate / first);
+        row(n + 2, cells);
+    }
+}
+
+// The paper's memory table: what the program allocates on the device for a training step.
+static void memory_table(void) {
+    const int shapes[][2] = {{8, 512}, {16, 1024}, {32, 1024}, {32, 2048}};
+    const char *paper[] = {"87.8", "144.0", "232.2", "392.7"};
+    title("memory", "device memory of a training step, MB (10^6 bytes), the paper's configuration");
+    row(3, (const char *[]){"batch x seq", backend->name, "the paper"});
+    for (int i = 0; i < 4; i++) {
+        Model m;
+        Error e;
+        char c[2][32];
+        snprintf(c[0], 32, "%dx%d", shapes[i][0], shapes[i][1]);
+        if (open_model(&m, backend, shapes[i][0], shapes[i][1], &e)) die(&cli, &e);
+        one_step(&m);
+        row(3, (const char *[]){c[0], number(c[1], "%.1f", (double)gpu_allocated_bytes() / 1e6),
+                                paper[i]});
+        model_free(&m);
+    }
+}
+
+// Every kernel of the table at one shape, as a share of what this device was measured to do.
+static void ladder_table(void) {
+    int n;
+    const Kernel *kernels = gpu_kernels(&n);
+    ConvShape s = {opt.batch ? (int)opt.batch : 32, opt.seq ? (int)opt.seq : 1024, 256, 256, 3, 4};
+    double copy = gpu_copy_rate(), fma = gpu_fma_rate(), gemm = gpu_cublas_rate(s.B * s.T, 256, 768);
+    char what[160], c[6][32];
+    snprintf(what, sizeof what, "every kernel at %dx%d, C = O = 256, K = 3, dil = 4", s.B, s.T);
+    title("ladder", what);
+    printf("# ceilings here: copy %.0f GB/s, float32 multiply-add %.1f TFLOP/s, cuBLAS float32 on "
+           "the same product %.1f TFLOP/s\n", copy / 1e9, fma / 1e12, gemm / 1e12);
+    row(6, (const char *[]){"kernel", "us", "TFLOP/s", "GB/s", "of FMA", "of copy"});
+    for (int i = 0; i < n; i++) {
+        double flops, bytes, t = kernel_seconds(&kernels[i], s, &flops, &bytes);
+        row(6, (const char *[]){kernels[i].name, number(c[0], "%.1f", t * 1e6),
+                                number(c[1], "%.2f", flops / t / 1e12),
+                                number(c[2], "%.0f", bytes / t / 1e9),
+                                number(c[3], "%.0f%%", 100 * flops / t / fma),
+                                number(c[4], "%.0f%%", 100 * bytes / t / copy)});
+    }
+}
+
 // ---- The tables --------------------------------------------------------------------------------
 
 static const struct {
     const char *name, *what;
     void (*print)(void);
+    bool cpu, gpu;  // printed there unless --only asks for others
 } tables[] = {
-    {"step", "a whole training step at several lengths", step_table},
-    {"layers", "the same step by operation", layers_table},
-    {"stream", "generation on the CPU", stream_table},
+    {"step", "a whole training step at several lengths", step_table, true, true},
+    {"layers", "the same step by operation", layers_table, true, true},
+    {"stream", "generation on the CPU", stream_table, true, false},
+    {"table1", "the paper's Table 1 on the GPU", table1, false, true},
+    {"memory", "the paper's memory table", memory_table, false, true},
+    {"ladder", "every GPU kernel alone", ladder_table, false, true},
 };
 enum { N_TABLES = sizeof tables / sizeof *tables };
 
-// Whether a table is in the list of --only.
-static bool wanted(const char *name) {
-    if (!opt.only) return true;
+// Whether table i is in the list of --only, or of the device's own.
+static bool wanted(int i) {
+    const char *name = tables[i].name;
+    if (!opt.only) return backend == &cpu_backend ? tables[i].cpu : tables[i].gpu;
     size_t n = strlen(name);
     for (const char *p = opt.only; p; p = strchr(p, ',')) {
         if (*p == ',') p++;
@@ -399,7 +485,9 @@ int main(int argc, char **argv) {
     int printed = 0;
     printf("# %s backend, %d threads\n", backend->name, most_threads());
     for (int i = 0; i < N_TABLES; i++)
-        if (wanted(tables[i].name)) {
+        if (wanted(i)) {
+            if (!tables[i].cpu && backend == &cpu_backend)
+                usage_error(&cli, "--only %s needs a GPU%s", tables[i].name, "");
             tables[i].print();
             printed++;
         }

@@ -268,7 +268,9 @@ int model_init_params(Model *m, uint64_t seed, Error *e) {
         size_t n = strlen(t->name);
         bool gain = t->ndim == 1 && n > 7 && strcmp(t->name + n - 7, ".weight") == 0;
         int fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
-        double std = t->offset == m->embedding ? 0.02 : 1 / sqrt((double)fan_in);
+        // Small where logits are made, so that a fresh model finds all bytes about equally likely.
+        bool at_bytes = t->offset == m->embedding || (!m->config.tie && t->offset == m->head);
+        double std = at_bytes ? 0.02 : 1 / sqrt((double)fan_in);
         for (size_t j = 0; j < t->size; j++) {
             size_t k = t->offset + j;
             double pair[2] = {gain, gain};
@@ -285,6 +287,7 @@ int model_init_params(Model *m, uint64_t seed, Error *e) {
 }
 
 int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int parts, Error *e) {
+    if (m->text) return fail(e, "this model has its training text already");
     // One allocation: starts (parts), windows (parts+1), then the bytes.
     size_t index = (2 * (size_t)parts + 1) * sizeof(uint64_t), bytes = 0;
     uint64_t *host = malloc(index);

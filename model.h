@@ -286,8 +286,8 @@ typedef struct Backend {
     void (*download)(void *host_dst, const void *src, size_t bytes);
     void (*write_acts)(act *dst, const real *host_src, size_t n);
     void (*read_acts)(real *host_dst, const act *src, size_t n);
-    // Scratch that the layers below need on N rows, with at most K taps and `width` channels in
-    // or out, and n parameters.
+    // Scratch that the layers below need on N rows, with at most K taps, `width` channels in or
+    // out, n parameters and as many CPU threads as there are now.
     size_t (*work_bytes)(size_t N, int K, int width, size_t n);
 
     // -- input. x (N,C) = LayerNorm(table[ids]); ids (N) in 0..256, where BYTE_DROPPED stands for
@@ -477,15 +477,15 @@ int model_describe(Model *m, Error *e);
 // Bytes allocated on the backend; the roles are in m->memory.
 size_t model_memory(const Model *m);
 
-// Fresh parameters. Matrices: normal with standard deviation 1/sqrt(fan in) (embedding 0.02);
-// gains 1, biases 0. The same seed gives the same values on every backend.
+// Fresh parameters. Matrices: normal with standard deviation 1/sqrt(fan in), embedding and head
+// 0.02; gains 1, biases 0. The same seed gives the same values on every backend.
 int model_init_params(Model *m, uint64_t seed, Error *e);
 
 // Host copies of a parameter-like role (params, grads, m, v, ema), n_params values.
 void model_read(const Model *m, real *host, const real *role);
 void model_write(Model *m, real *role, const real *host);
 
-// Gives the model its training text: `parts` texts of length[i] bytes, back to back in `text`.
+// Gives the model its training text, once: `parts` texts of length[i] bytes, back to back in `text`.
 // A text shorter than T+1 bytes gives no window; -1 if none gives any.
 int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int parts, Error *e);
 

@@ -99,8 +99,8 @@ static void *new_work(size_t N, int K, int width, size_t n) {
 static void free_all(real **p, size_t n) {
     for (size_t i = 0; i < n; i++) free(p[i]);
 }
-#define FREE_ALL(...) free_all((real *[]){__VA_ARGS__}, sizeof((real *[]){__VA_ARGS__}) / \
-                                                            sizeof(real *))
+#define FREE_ALL(...) \
+    free_all((real *[]){__VA_ARGS__}, sizeof((real *[]){__VA_ARGS__}) / sizeof(real *))
 
 // ---- The definitions, a second time ------------------------------------------------------------
 
@@ -325,7 +325,8 @@ static void test_norm(size_t N, int C, double spread) {
     size_t n = N * (size_t)C, width = (size_t)C;
     char name[64];
     snprintf(name, sizeof name, "norm N=%zu C=%d spread=%g", N, C, spread);
-    NormTest t = {.N = N, .C = C, .x = new_random(n, 1, spread / 2, spread), .r = new_random(n, 2, 0, 1),
+    NormTest t = {.N = N, .C = C, .x = new_random(n, 1, spread / 2, spread),
+                  .r = new_random(n, 2, 0, 1),
                   .gain = new_random(width, 3, 1, 0.5), .bias = new_random(width, 4, 0, 0.5),
                   .out = new_reals(n), .work = new_work(N, 1, WIDEST, 1)};
     real *defined = new_reals(n), *dx = new_reals(n), *sum = new_random(n, 5, 0, 1);
@@ -439,10 +440,10 @@ static void test_cross_entropy(float cap, double spread) {
     real *dlogits = new_random(n, 1, 0, spread), defined[LOSS_ROWS];
     cpu->cross_entropy(t.losses, dlogits, loss_targets, cap, 0, LOSS_ROWS);
     check(same_bits(dlogits, t.logits, n), "%s: scale 0 leaves the logits alone", name);
-    for (int i = 0; i < LOSS_ROWS; i++)
-        defined[i] = loss_targets[i] < 0 ? 0
-                                         : (real)define_loss(t.logits + i * V, loss_targets[i],
-                                                             (double)cap);
+    for (int i = 0; i < LOSS_ROWS; i++) {
+        int target = loss_targets[i];
+        defined[i] = target < 0 ? 0 : (real)define_loss(t.logits + i * V, target, (double)cap);
+    }
     check_error(relative_error(t.losses, defined, LOSS_ROWS), EXACT_BOUND, "%s: losses", name);
     cpu->cross_entropy(t.losses, dlogits, loss_targets, cap, LOSS_SCALE, LOSS_ROWS);
     check_error(relative_error(t.losses, defined, LOSS_ROWS), EXACT_BOUND,
@@ -728,6 +729,11 @@ static void test_model(const Case *c, BlockForm form) {
     uint64_t last = (uint64_t)((c->passes - 1) * c->B);
     const real *grads = step_gradients(&m);
     double step_loss = (double)m.state->ring[5].loss;
+    real *first_time = new_reals(m.n_params);
+    memcpy(first_time, grads, m.n_params * sizeof *grads);
+    check(same_bits(step_gradients(&m), first_time, m.n_params),
+          "%s: the same step again, the same gradients", name);
+    free(first_time);
 
     draw(&m, last);
     model_forward(&m, true, last);
