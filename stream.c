@@ -9,7 +9,9 @@
 #include <stdlib.h>
 
 enum {
-    PANEL = 128,  // output channels of a panel: as many as conv_rows takes of a lone row
+    // Output channels of a panel: as many as conv_rows takes of a lone row, or of several rows.
+    PANEL_ONE = 128,
+    PANEL_MANY = 32,
     // Weights of an average layer from which threads gain more by sharing it than they lose by
     // waiting for each other.
     WORTH_THREADS = 1 << 16,
@@ -33,11 +35,11 @@ static real *piece(Pieces *p, size_t a, size_t b, size_t c) {
 }
 
 // w (K,C,O) as panels, each (K,C,width): panel o0 starts at K*C*o0.
-static Panels cut(Pieces *p, const real *w, const real *b, int K, int C, int O) {
+static Panels cut(Pieces *p, const real *w, const real *b, int K, int C, int O, int panel) {
     real *weight = piece(p, (size_t)K * (size_t)C, (size_t)O, 1);
     real *bias = b ? piece(p, (size_t)O, 1, 1) : NULL;
-    for (int o0 = 0; weight && o0 < O; o0 += PANEL) {
-        size_t KC = (size_t)K * (size_t)C, width = (size_t)(O - o0 < PANEL ? O - o0 : PANEL);
+    for (int o0 = 0; weight && o0 < O; o0 += panel) {
+        size_t KC = (size_t)K * (size_t)C, width = (size_t)(O - o0 < panel ? O - o0 : panel);
         for (size_t kc = 0; kc < KC; kc++)
             memcpy(weight + KC * (size_t)o0 + kc * width, w + kc * (size_t)O + o0,
                    width * sizeof *w);
@@ -62,11 +64,11 @@ static const real *normalised(Pieces *p, const real *table, const real *gain, co
 }
 
 // The tied head as a linear map (C,V): the embedding (V,C), transposed.
-static Panels tied_head(Pieces *p, const real *table, int C) {
+static Panels tied_head(Pieces *p, const real *table, int C, int panel) {
     real *w = p->base ? malloc((size_t)V * (size_t)C * sizeof *w) : NULL;
     for (int v = 0; w && v < V; v++)
         for (int c = 0; c < C; c++) w[c * V + v] = table[(size_t)v * (size_t)C + (size_t)c];
-    Panels head = cut(p, w, NULL, 1, C, V);
+    Panels head = cut(p, w, NULL, 1, C, V, panel);
     if (p->base && !w) head.weight = NULL;
     free(w);
     return head;
@@ -81,7 +83,7 @@ static void place(Stream *s, const Model *m, const real *P, Pieces *weights, Pie
     for (int l = 0; l < s->L; l++) {
         StreamConv *v = &s->convs[l];
         const Conv *from = &m->convs[l];
-        v->panels = cut(weights, P + from->weight, P + from->bias, c->taps, C, C);
+        v->panels = cut(weights, P + from->weight, P + from->bias, c->taps, C, C, s->panel);
         v->dil = from->dil;
         v->unit_end = c->form == BLOCK_PRENORM || from->index == c->n_dilations - 1;
         if (c->form == BLOCK_PRENORM) {
@@ -94,10 +96,10 @@ static void place(Stream *s, const Model *m, const real *P, Pieces *weights, Pie
     s->gain_out = copy(weights, P + m->norm_out.gain, C);
     s->beta_out = copy(weights, P + m->norm_out.bias, C);
     if (c->tie) {
-        s->head = tied_head(weights, P + m->embedding, C);
+        s->head = tied_head(weights, P + m->embedding, C, s->panel);
     } else {
-        s->proj = cut(weights, P + m->proj, P + m->proj_bias, 1, C, c->latent);
-        s->head = cut(weights, P + m->head, P + m->head_bias, 1, c->latent, V);
+        s->proj = cut(weights, P + m->proj, P + m->proj_bias, 1, C, c->latent, s->panel);
+        s->head = cut(weights, P + m->head, P + m->head_bias, 1, c->latent, V, s->panel);
     }
     s->x = piece(state, n, (size_t)C, 1);
     s->pre = piece(state, n, (size_t)C, 1);
@@ -138,7 +140,8 @@ static int build(Stream *s, const Model *m, const real *params, Error *e) {
 }
 
 int stream_open(Stream *s, const Config *config, const real *params, int capacity, Error *e) {
-    *s = (Stream){.config = *config, .capacity = capacity};
+    *s = (Stream){.config = *config, .capacity = capacity,
+                  .panel = capacity == 1 ? PANEL_ONE : PANEL_MANY};
     if (config_check(config, e)) return -1;
     if (capacity < 1 || capacity > MAX_STREAMS)
         return fail(e, "%d streams, expected 1 to %d", capacity, MAX_STREAMS);
@@ -218,9 +221,9 @@ static void activate(const Stream *s, int l, int o0, int width) {
 // all are done when it returns. Called by every thread of the team, like the next two.
 static void map_rows(const Stream *s, const Panels *p, real *out, const real *const *rows, int l) {
 #pragma omp for schedule(static)
-    for (int o0 = 0; o0 < p->O; o0 += PANEL) {
+    for (int o0 = 0; o0 < p->O; o0 += s->panel) {
         real *to[MAX_STREAMS];
-        int width = p->O - o0 < PANEL ? p->O - o0 : PANEL;
+        int width = p->O - o0 < s->panel ? p->O - o0 : s->panel;
         for (int j = 0; j < s->S; j++) to[j] = out + (size_t)j * (size_t)p->O + o0;
         conv_rows(to, rows, s->S, p->weight + (size_t)p->K * (size_t)p->C * (size_t)o0,
                   p->bias ? p->bias + o0 : NULL, p->K, p->C, width);
@@ -271,8 +274,9 @@ void stream_push(Stream *s, const int *ids, real *latents, real *logits) {
     s->position++;
 }
 
-// ---- The next byte ------------------------------------------------------------------------------
+// ---- The next byte -------------------------------------------------------------------------------
 
+// One of 256 places, its probability (times a constant) in p.
 typedef struct {
     double p;
     int byte;
@@ -287,21 +291,32 @@ static int by_likelihood(const void *a, const void *b) {
 
 int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, int j) {
     Candidate c[V];
-    double cap = s->config.softcap;
-    for (int v = 0; v < V; v++)
-        c[v] = (Candidate){cap > 0 ? cap * tanh(logits[v] / cap) : logits[v], v};
-    qsort(c, V, sizeof *c, by_likelihood);
-    double top = c[0].p, all = 0, kept = 0;
-    if (sampler->temperature == 0) return c[0].byte;
-    for (int v = 0; v < V; v++) all += c[v].p = exp((c[v].p - top) / sampler->temperature);
-    int n = 0, most = sampler->top_k > 0 && sampler->top_k < V ? sampler->top_k : V;
-    while (n < most && (n == 0 || sampler->top_p >= 1 || kept < sampler->top_p * all))
-        kept += c[n++].p;
+    real l[V], cap = s->config.softcap, heat = (real)sampler->temperature;
+    int best = 0, n = V;
+    for (int v = 0; v < V; v++) {
+        l[v] = cap > 0 ? cap * (real)tanh(logits[v] / cap) : logits[v];
+        if (l[v] > l[best]) best = v;
+    }
+    if (sampler->temperature == 0) return best;
+    real top = l[best];
+    for (int v = 0; v < V; v++) l[v] = exp_real((l[v] - top) / heat);
+    double all = 0, kept = 0;
+    for (int v = 0; v < V; v++) {
+        c[v] = (Candidate){l[v], v};
+        all += c[v].p;
+    }
+    int i = 0, most = sampler->top_k > 0 ? sampler->top_k : V;
+    if (most < V || sampler->top_p < 1) {
+        qsort(c, V, sizeof *c, by_likelihood);  // longer than all the rest: only where needed
+        while (i < most && i < V && (i == 0 || kept < sampler->top_p * all)) kept += c[i++].p;
+        n = i;
+    } else {
+        kept = all;
+    }
     Philox r = philox(sampler->seed, (uint32_t)s->position, (uint32_t)(s->position >> 32),
                       (uint32_t)j, RNG_SAMPLE);
     // 53 random bits: uniform in [0, kept). Rounding may leave it at `kept`: then the last one.
     double u = (double)((uint64_t)r.v[0] << 21 | r.v[1] >> 11) / 9007199254740992.0 * kept;
-    int i = 0;
-    while (i < n - 1 && u >= c[i].p) u -= c[i++].p;
+    for (i = 0; i < n - 1 && u >= c[i].p; i++) u -= c[i].p;
     return c[i].byte;
 }

@@ -38,6 +38,7 @@ typedef struct {
     Config config;
     int capacity, S;    // streams there is room for; streams that run
     uint64_t position;  // bytes pushed since the text began
+    int panel;          // width of the panels of weights
     StreamConv *convs;
     int L;
     Panels proj, head;

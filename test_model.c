@@ -236,7 +236,8 @@ static void test_fresh(const char *name, Config config) {
         size_t length = strlen(t->name);
         real start = strcmp(t->name + length - 6, "weight") == 0;  // a gain
         double squares = 0, fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
-        double std = t->offset == m.embedding ? 0.02 : 1 / sqrt(fan_in);
+        bool at_bytes = strstr(t->name, "embedding") || strstr(t->name, "head");
+        double std = at_bytes ? 0.02 : 1 / sqrt(fan_in);
         for (size_t j = 0; j < t->size; j++) {
             squares += (double)p[j] * (double)p[j];
             if (!t->decay) vectors = vectors && p[j] == start;

@@ -1,0 +1,696 @@
+// conv_kernels.cu: the causal dilated convolution on a GPU, from the CPU's loop to register tiles.
+//
+// Three operations, three rungs each, all with the signature of their Backend entry in model.h:
+// any B, T, C, O, K, dil. Read first: model.h (the contracts), then model.c's conv (the reference).
+// Refuses nothing; sizes are the caller's to check. The rungs are the last table of this file; run
+//   make check-kernels            # every rung against the CPU, then timed, side by side
+//
+//   forward looks back:    pre[t] = b + sum_k x[t - k*dil] w[k]         zero where t - k*dil < 0
+//   backward looks ahead:  dx[t]  =     sum_k dy[t + k*dil] w[k]^T      zero where t + k*dil >= T
+//
+//     dil = 4, K = 3        x   o-------o-------o            dy  o-------o-------o
+//                                        \   \   \               /   /   /
+//                         pre                    t           dx  t
+//                 a tile reads [ halo (K-1)*dil | TILE ]         [ TILE | halo (K-1)*dil ]
+//
+// Both are matrix products over K*C (or K*O) terms whose left operand is x (or dy) moved by whole
+// rows: a tap costs no copy, only another row address. The weight gradient is the third product,
+// summed over time:  dw[k] = sum_t x[t - k*dil]^T dy[t].
+//
+// The count, for the paper's layer at B x T = 32 x 1024, C = O = 256, K = 3 (N = B*T = 32768):
+//   2*N*K*C*O = 12.9 GFLOP;   x, pre, out, weights once each = 101 MB.
+// The H100 measured here does 63 TFLOP/s of float32 multiply-adds and copies at 2.9 TB/s: 0.20 ms
+// against 0.03 ms, so arithmetic is the floor, and every rung is about keeping the multiply-adders
+// fed. Times below: that GPU, that layer with dil = 4, bias and GELU included, no dropout.
+//                    forward            to the input       to the weights
+//   naive       3.87 ms   3.3 TFLOP/s   25.7 ms   0.5      14.0 ms   0.9
+//   tile        1.50 ms   8.6           1.47 ms   8.7      2.95 ms   4.4
+//   block       0.346 ms  37.2          0.408 ms  31.6     0.316 ms  40.7
+//   cuBLAS on the bare product of that size: 43 to 46 TFLOP/s
+#include "kernels.h"
+
+// What becomes of a finished sum, handed to every rung: fused here, the activations need no pass
+// over memory of their own.
+typedef struct {
+    float *out;        // forward: out or NULL          backward: dx
+    float *pre;        // forward: written              backward: read, may be NULL
+    float *a;          // backward: the activation made again, or NULL
+    const float *b;    // forward: bias or NULL
+    const float *res;  // forward: residual or NULL
+    Dropout drop;
+    int width;        // of a row of all of these
+    bool accumulate;  // backward without pre: dx += sum
+} Finish;
+
+// Row n, channel o:  pre = b + sum;  out = res + dropout(gelu(pre))
+static __device__ void finish_forward(const Finish &f, float sum, size_t n, int o) {
+    size_t i = n * f.width + o;
+    float p = sum + (f.b ? f.b[o] : 0);
+    f.pre[i] = p;
+    if (!f.out) return;
+    float a = gelu(p) * dropout_factor(f.drop, f.drop.first * f.width + i);
+    f.out[i] = f.res ? f.res[i] + a : a;
+}
+
+// forward:  a = dropout(gelu(pre))     dx = sum * dropout * gelu'(pre), and a once more
+static __device__ void finish_backward(const Finish &f, float sum, size_t n, int c) {
+    size_t i = n * f.width + c;
+    if (!f.pre) {
+        f.out[i] = f.accumulate ? f.out[i] + sum : sum;
+        return;
+    }
+    float factor = dropout_factor(f.drop, f.drop.first * f.width + i), a, slope;
+    gelu_and_grad(f.pre[i], &a, &slope);
+    if (f.a) f.a[i] = factor * a;
+    f.out[i] = sum * factor * slope;
+}
+
+// ---- Rung 1: naive
+//
+// The CPU's loop, one thread per output. Neighbouring threads have neighbouring channels: weights
+// are read 128 bytes per warp and line, an input value is one address for the whole warp.
+// Cost: two loads for every multiply-add. Every input is fetched by O threads, every weight by N:
+// 2*4*N*K*C*O = 52 GB through the caches for 0.1 GB of data, so the load units are the bound.
+// Measured: 3.87 ms, 5 % of the multiply-adders' rate.
+
+__global__ void forward_naive(const float *x, const float *w, Finish f, ConvShape s) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)s.B * s.T * s.O) return;
+    int n = (int)(i / s.O), o = (int)(i % s.O), t = n % s.T;
+    float sum = 0;
+    for (int k = 0; k < s.K && t - k * s.dil >= 0; k++) {
+        const float *x_s = x + (size_t)(n - k * s.dil) * s.C;  // x[b, t - k*dil, :]
+        const float *w_k = w + (size_t)k * s.C * s.O;
+        for (int c = 0; c < s.C; c++) sum += x_s[c] * w_k[(size_t)c * s.O + o];
+    }
+    finish_forward(f, sum, n, o);
+}
+
+// forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c]. Neighbouring threads have neighbouring c, so a
+// warp's weights lie O values apart: 32 lines for 32 values, and 25.7 ms.
+__global__ void backward_input_naive(const float *dy, const float *w, Finish f, ConvShape s) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)s.B * s.T * s.C) return;
+    int n = (int)(i / s.C), c = (int)(i % s.C), t = n % s.T;
+    float sum = 0;
+    for (int k = 0; k < s.K && t + k * s.dil < s.T; k++) {
+        const float *dy_t = dy + (size_t)(n + k * s.dil) * s.O;  // dy[b, t + k*dil, :]
+        const float *w_kc = w + ((size_t)k * s.C + c) * s.O;
+        for (int o = 0; o < s.O; o++) sum += dy_t[o] * w_kc[o];
+    }
+    finish_backward(f, sum, n, c);
+}
+
+// forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c] + b[o]. One thread per weight walks all rows; the
+// last O threads sum the bias.
+__global__ void backward_weight_naive(float *dw, float *db, const float *x, const float *dy,
+                                      ConvShape s) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, weights = (size_t)s.K * s.C * s.O;
+    int N = s.B * s.T, o = (int)(i % s.O);
+    float sum = 0;
+    if (i >= weights + (db ? s.O : 0)) return;
+    if (i >= weights) {
+        for (int n = 0; n < N; n++) sum += dy[(size_t)n * s.O + o];
+        db[o] += sum;
+        return;
+    }
+    int c = (int)(i / s.O % s.C), back = (int)(i / s.O / s.C) * s.dil;
+    for (int n = 0; n < N; n++)
+        if (n % s.T >= back) sum += x[(size_t)(n - back) * s.C + c] * dy[(size_t)n * s.O + o];
+    dw[i] += sum;
+}
+
+static Finish forward_finish(act *out, act *pre, const real *b, const act *res, Dropout drop,
+                             ConvShape s) {
+    Finish f = {(float *)out, (float *)pre, NULL, b, (const float *)res, drop, s.O, false};
+    return f;
+}
+static Finish backward_finish(act *dx, act *a, const act *pre, Dropout drop, ConvShape s,
+                              bool accumulate) {
+    Finish f = {(float *)dx, (float *)pre, (float *)a, NULL, NULL, drop, s.C, accumulate};
+    return f;
+}
+
+enum { THREADS = 256 };
+
+static void conv_forward_naive(act *out, act *pre, const act *x, const real *w, const real *b,
+                               const act *res, Dropout drop, ConvShape s, void *work) {
+    (void)work;
+    size_t n = (size_t)s.B * s.T * s.O;
+    forward_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
+        (const float *)x, w, forward_finish(out, pre, b, res, drop, s), s);
+    LAUNCHED("conv_forward_naive");
+}
+
+static void conv_backward_input_naive(act *dx, act *a, const act *dy, const real *w,
+                                      const act *pre, Dropout drop, ConvShape s, bool accumulate,
+                                      void *work) {
+    (void)work;
+    size_t n = (size_t)s.B * s.T * s.C;
+    backward_input_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
+        (const float *)dy, w, backward_finish(dx, a, (act *)pre, drop, s, accumulate), s);
+    LAUNCHED("conv_backward_input_naive");
+}
+
+static void conv_backward_weight_naive(real *dw, real *db, const act *x, const act *dy,
+                                       ConvShape s, void *work) {
+    (void)work;
+    size_t n = (size_t)s.K * s.C * s.O + (size_t)s.O;
+    backward_weight_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
+        dw, db, (const float *)x, (const float *)dy, s);
+    LAUNCHED("conv_backward_weight_naive");
+}
+
+// ---- Rung 2: tile, the paper's 2D channel tiling
+//
+// Bound before: every operand of every multiply-add was fetched from the caches.
+// Idea: a block owns TILE times x TILE output channels. It brings TILE x TILE inputs and TILE x
+// TILE weights into shared memory together and uses each of them TILE times.
+// Saved: 32 times fewer loads from the caches, 1.6 GB instead of 52.
+// Cost: two barriers per tile, and still two shared-memory loads for every multiply-add: shared
+// memory serves one warp's load per cycle where the SM could start four multiply-adds.
+// Measured: 3.87 -> 1.50 ms forward, 25.7 -> 1.47 ms to the input, whose tile is turned on the way.
+// A source row outside the text is clamped to row t itself, which exists, and its value is zeroed:
+// no address outside the arrays is ever formed. Blocks (b, channel tile, time tile) as in the
+// paper, with b and the time tile folded into x because y and z end at 65535.
+
+enum { TILE = 32 };
+
+// AHEAD false: in = x, looks back, w_tile[c][o]. AHEAD true: in = dy, looks ahead, and the weight
+// tile is turned on its way in, w_tile[o][c]; the odd pitch spreads its columns over all banks.
+template <bool AHEAD>
+__global__ void conv_tile(const float *in, const float *w, Finish f, ConvShape s) {
+    __shared__ float in_tile[TILE][TILE], w_tile[TILE][TILE + 1];
+    int in_width = AHEAD ? s.O : s.C, out_width = AHEAD ? s.C : s.O;
+    int time_tiles = (s.T + TILE - 1) / TILE, b = blockIdx.x / time_tiles;
+    int t = blockIdx.x % time_tiles * TILE + threadIdx.y, j0 = blockIdx.y * TILE;
+    int tx = threadIdx.x, ty = threadIdx.y;
+    float sum = 0;
+    for (int k = 0; k < s.K; k++) {
+        int source = AHEAD ? t + k * s.dil : t - k * s.dil;
+        bool inside = t < s.T && source >= 0 && source < s.T;
+        const float *row = in + ((size_t)b * s.T + (inside ? source : 0)) * in_width;
+        for (int i0 = 0; i0 < in_width; i0 += TILE) {
+            // A warp (one ty) brings 32 neighbouring values of one row, here and there.
+            in_tile[ty][tx] = inside && i0 + tx < in_width ? row[i0 + tx] : 0;
+            if (AHEAD) {
+                int c = j0 + ty, o = i0 + tx;
+                w_tile[tx][ty] = c < s.C && o < s.O ? w[((size_t)k * s.C + c) * s.O + o] : 0;
+            } else {
+                int c = i0 + ty, o = j0 + tx;
+                w_tile[ty][tx] = c < s.C && o < s.O ? w[((size_t)k * s.C + c) * s.O + o] : 0;
+            }
+            __syncthreads();  // the tiles are whole before anyone reads them
+            for (int i = 0; i < TILE; i++) sum += in_tile[ty][i] * w_tile[i][tx];
+            __syncthreads();  // everyone has read before the next tiles overwrite
+        }
+    }
+    if (t >= s.T || j0 + tx >= out_width) return;
+    if (AHEAD)
+        finish_backward(f, sum, (size_t)b * s.T + t, j0 + tx);
+    else
+        finish_forward(f, sum, (size_t)b * s.T + t, j0 + tx);
+}
+
+// dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o] for a tile of TILE c x TILE o; time is walked in steps
+// of TILE rows. The block of tap 0 and channel tile 0 also sums the rows of dy that it has loaded.
+__global__ void weight_tile(float *dw, float *db, const float *x, const float *dy, ConvShape s) {
+    __shared__ float x_tile[TILE][TILE], dy_tile[TILE][TILE];
+    int tx = threadIdx.x, ty = threadIdx.y, k = blockIdx.z, N = s.B * s.T, back = k * s.dil;
+    int c0 = blockIdx.y * TILE, o = blockIdx.x * TILE + tx;
+    float sum = 0, dy_sum = 0;
+    for (int n0 = 0; n0 < N; n0 += TILE) {
+        int n = n0 + ty;
+        bool inside = n < N && n % s.T >= back;
+        x_tile[ty][tx] = inside && c0 + tx < s.C ? x[(size_t)(n - back) * s.C + c0 + tx] : 0;
+        dy_tile[ty][tx] = n < N && o < s.O ? dy[(size_t)n * s.O + o] : 0;
+        dy_sum += dy_tile[ty][tx];
+        __syncthreads();  // the tiles are whole before anyone reads them
+        for (int i = 0; i < TILE; i++) sum += x_tile[i][ty] * dy_tile[i][tx];
+        __syncthreads();  // everyone has read before the next tiles overwrite
+    }
+    int c = c0 + ty;
+    if (c < s.C && o < s.O) dw[((size_t)k * s.C + c) * s.O + o] += sum;
+    if (!db || k > 0 || c0 > 0) return;
+    dy_tile[ty][tx] = dy_sum;
+    __syncthreads();  // all TILE partial sums of a column are there before one thread adds them
+    if (ty > 0 || o >= s.O) return;
+    float total = 0;
+    for (int i = 0; i < TILE; i++) total += dy_tile[i][tx];
+    db[o] += total;
+}
+
+static dim3 tile_grid(ConvShape s, int width) {
+    return dim3((unsigned)((size_t)s.B * ceil_div(s.T, TILE)), (unsigned)ceil_div(width, TILE));
+}
+
+static void conv_forward_tile(act *out, act *pre, const act *x, const real *w, const real *b,
+                              const act *res, Dropout drop, ConvShape s, void *work) {
+    (void)work;
+    conv_tile<false><<<tile_grid(s, s.O), dim3(TILE, TILE), 0, gpu_stream>>>(
+        (const float *)x, w, forward_finish(out, pre, b, res, drop, s), s);
+    LAUNCHED("conv_forward_tile");
+}
+
+static void conv_backward_input_tile(act *dx, act *a, const act *dy, const real *w, const act *pre,
+                                     Dropout drop, ConvShape s, bool accumulate, void *work) {
+    (void)work;
+    conv_tile<true><<<tile_grid(s, s.C), dim3(TILE, TILE), 0, gpu_stream>>>(
+        (const float *)dy, w, backward_finish(dx, a, (act *)pre, drop, s, accumulate), s);
+    LAUNCHED("conv_backward_input_tile");
+}
+
+static void conv_backward_weight_tile(real *dw, real *db, const act *x, const act *dy,
+                                      ConvShape s, void *work) {
+    (void)work;
+    dim3 grid((unsigned)ceil_div(s.O, TILE), (unsigned)ceil_div(s.C, TILE), (unsigned)s.K);
+    weight_tile<<<grid, dim3(TILE, TILE), 0, gpu_stream>>>(dw, db, (const float *)x,
+                                                           (const float *)dy, s);
+    LAUNCHED("conv_backward_weight_tile");
+}
+
+// ---- Rung 3: block, a tile of outputs in the registers of every thread
+//
+// Bound before: two shared-memory loads for every multiply-add.
+// Idea: a thread owns R x R outputs. Per channel it loads R inputs and R weights and multiplies
+// all pairs: 8 + 8 values, as four 16-byte loads, for 64 multiply-adds. The tiles of the next step
+// are on their way from memory into registers while this one is computed, and go into the other of
+// two shared buffers: one barrier per step.
+// Saved: 32 times fewer shared-memory load instructions; tiles of 128 quarter the cache traffic.
+// Cost: 64 sums + 16 operands + 8 values on their way = 120 registers, so 16 warps per SM; and a
+// small N fills few blocks of 128 x 128, so there are smaller tiles for that. An output's sum runs
+// over k, then c, in order, whatever the tile: its bits do not depend on the choice.
+// Measured: 1.50 -> 0.346 ms forward, 1.47 -> 0.408 ms to the input: 59 % and 50 % of the rate.
+// Where the rest goes: 512 of 618 instructions of a step are multiply-adds; the finish takes some
+// 80 instructions a value, dropout included. Tried and dropped: turning the sums in shared memory
+// before the finish (forward, dropout on, 0.348 -> 0.414 ms); DEPTH 16 for the large tile (it
+// spills; weights 0.315 -> 0.369 ms).
+
+// Geometry of a tile of SIZE x SIZE outputs. A step covers DEPTH channels (or rows, for the weight
+// gradient), and each thread brings LOADS float4 of either operand.
+template <int SIZE>
+struct Block {
+    enum {
+        R = SIZE == 128 ? 8 : 4,
+        SIDE = SIZE / R,  // threads along either edge
+        COUNT = SIDE * SIDE,  // threads
+        DEPTH = SIZE == 128 ? 8 : SIZE == 64 ? 16 : 32,
+        LOADS = SIZE * DEPTH / 4 / COUNT,
+        PITCH = SIZE + 4,  // keeps 16-byte alignment and halves the conflicts of turned stores
+    };
+    static_assert(LOADS * COUNT * 4 == SIZE * DEPTH, "each thread brings whole float4s");
+    float a[2][DEPTH][PITCH], b[2][DEPTH][PITCH];
+};
+
+// Which outputs are mine: groups of four rows from my_row, of four columns from my_column, each
+// group 4*SIDE after the one before. A warp of 4 x 8 threads reads 64 bytes of one operand and 128
+// of the other per load: no bank twice.
+template <int SIZE>
+static __device__ void my_corner(int *row, int *column) {
+    constexpr int SIDE = Block<SIZE>::SIDE, ACROSS = SIDE / 8;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    *row = (warp / ACROSS * 4 + lane / 8) * 4;
+    *column = (warp % ACROSS * 8 + lane % 8) * 4;
+}
+
+// sum[i][j] += a[d][row i] * b[d][column j] over the DEPTH channels in shared buffer `now`.
+template <int SIZE>
+static __device__ void multiply_step(float (&sum)[Block<SIZE>::R][Block<SIZE>::R],
+                                     const Block<SIZE> &tile, int now, int row, int column) {
+    constexpr int R = Block<SIZE>::R, SIDE = Block<SIZE>::SIDE, DEPTH = Block<SIZE>::DEPTH;
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+        float a[R], b[R];
+#pragma unroll
+        for (int g = 0; g < R / 4; g++) {
+            *(float4 *)&a[4 * g] = *(const float4 *)&tile.a[now][d][row + g * 4 * SIDE];
+            *(float4 *)&b[4 * g] = *(const float4 *)&tile.b[now][d][column + g * 4 * SIDE];
+        }
+#pragma unroll
+        for (int i = 0; i < R; i++)
+#pragma unroll
+            for (int j = 0; j < R; j++) sum[i][j] += a[i] * b[j];
+    }
+}
+
+// The two ways of a float4 into a tile [DEPTH][SIZE]. Straight: its four values are neighbours
+// along SIZE. Turned: they are neighbours along DEPTH.
+template <int SIZE>
+static __device__ void put_straight(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>::PITCH], int l,
+                                    float4 v) {
+    int at = threadIdx.x + l * Block<SIZE>::COUNT;
+    *(float4 *)&tile[at / (SIZE / 4)][at % (SIZE / 4) * 4] = v;
+}
+template <int SIZE>
+static __device__ void put_turned(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>::PITCH], int l,
+                                  float4 v) {
+    constexpr int ROW = Block<SIZE>::DEPTH / 4;
+    int at = threadIdx.x + l * Block<SIZE>::COUNT, d = at % ROW * 4, j = at / ROW;
+    tile[d][j] = v.x;
+    tile[d + 1][j] = v.y;
+    tile[d + 2][j] = v.z;
+    tile[d + 3][j] = v.w;
+}
+
+// Four neighbours of a row at once, where rows are whole float4s.
+template <bool VEC>
+static __device__ void finish_forward4(const Finish &f, float4 sum, size_t n, int o) {
+    if (!VEC) {
+        float v[4] = {sum.x, sum.y, sum.z, sum.w};
+        for (int j = 0; j < 4; j++)
+            if (o + j < f.width) finish_forward(f, v[j], n, o + j);
+        return;
+    }
+    if (o >= f.width) return;
+    size_t i = n * f.width + o;
+    float4 b = f.b ? *(const float4 *)(f.b + o) : make_float4(0, 0, 0, 0);
+    float4 p = make_float4(sum.x + b.x, sum.y + b.y, sum.z + b.z, sum.w + b.w);
+    *(float4 *)(f.pre + i) = p;
+    if (!f.out) return;
+    float4 d = dropout_factor4(f.drop, f.drop.first * f.width + i);
+    float4 r = f.res ? *(const float4 *)(f.res + i) : make_float4(0, 0, 0, 0);
+    *(float4 *)(f.out + i) = make_float4(r.x + gelu(p.x) * d.x, r.y + gelu(p.y) * d.y,
+                                         r.z + gelu(p.z) * d.z, r.w + gelu(p.w) * d.w);
+}
+template <bool VEC>
+static __device__ void finish_backward4(const Finish &f, float4 sum, size_t n, int c) {
+    if (!VEC) {
+        float v[4] = {sum.x, sum.y, sum.z, sum.w};
+        for (int j = 0; j < 4; j++)
+            if (c + j < f.width) finish_backward(f, v[j], n, c + j);
+        return;
+    }
+    if (c >= f.width) return;
+    size_t i = n * f.width + c;
+    if (!f.pre) {
+        float4 old = f.accumulate ? *(const float4 *)(f.out + i) : make_float4(0, 0, 0, 0);
+        *(float4 *)(f.out + i) =
+            make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+        return;
+    }
+    float4 p = *(const float4 *)(f.pre + i);
+    float4 d = dropout_factor4(f.drop, f.drop.first * f.width + i);
+    float4 a, slope;
+    gelu_and_grad(p.x, &a.x, &slope.x);
+    gelu_and_grad(p.y, &a.y, &slope.y);
+    gelu_and_grad(p.z, &a.z, &slope.z);
+    gelu_and_grad(p.w, &a.w, &slope.w);
+    if (f.a) *(float4 *)(f.a + i) = make_float4(d.x * a.x, d.y * a.y, d.z * a.z, d.w * a.w);
+    *(float4 *)(f.out + i) = make_float4(sum.x * d.x * slope.x, sum.y * d.y * slope.y,
+                                         sum.z * d.z * slope.z, sum.w * d.w * slope.w);
+}
+
+// One step's share of the operands: tap k, input channels i0..i0+DEPTH-1, rows n0.., outputs j0..
+// A source row outside the text is never addressed: its values are zeros.
+template <int SIZE, bool AHEAD, bool VEC>
+static __device__ void fetch_step(float4 *a, float4 *b, const float *in, const float *w,
+                                  const ConvShape &s, int n0, int j0, int k, int i0) {
+    typedef Block<SIZE> G;
+    int in_width = AHEAD ? s.O : s.C;
+#pragma unroll
+    for (int l = 0; l < G::LOADS; l++) {
+        int at = threadIdx.x + l * G::COUNT;
+        // Neighbouring lanes: neighbouring channels of one row, DEPTH/4 lanes to a row.
+        int i = i0 + at % (G::DEPTH / 4) * 4, n = n0 + at / (G::DEPTH / 4), t = n % s.T;
+        int shift = AHEAD ? k * s.dil : -k * s.dil;
+        bool inside = n < s.B * s.T && t + shift >= 0 && t + shift < s.T;
+        a[l] = load4<VEC>(inside ? in + (size_t)(n + shift) * in_width + i : in,
+                          inside ? in_width - i : 0);
+        if (AHEAD) {  // w[k, c, o..o+3]
+            int c = j0 + at / (G::DEPTH / 4);
+            b[l] = load4<VEC>(w + ((size_t)k * s.C + (c < s.C ? c : 0)) * s.O + i,
+                              c < s.C ? s.O - i : 0);
+        } else {  // neighbouring lanes: neighbouring outputs; SIZE/4 lanes to a row of weights
+            int c = i0 + at / (SIZE / 4), o = j0 + at % (SIZE / 4) * 4;
+            b[l] = load4<VEC>(w + ((size_t)k * s.C + (c < s.C ? c : 0)) * s.O + o,
+                              c < s.C ? s.O - o : 0);
+        }
+    }
+}
+
+template <int SIZE, bool AHEAD, bool VEC>
+__global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
+    conv_block(const float *in, const float *w, Finish f, ConvShape s, int across) {
+    typedef Block<SIZE> G;
+    __shared__ __align__(16) Block<SIZE> tile;
+    // Blocks that share rows of `in` are neighbours, so that the second finds them in the L2 cache.
+    int n0 = blockIdx.x / across * SIZE, j0 = blockIdx.x % across * SIZE;
+    int in_width = AHEAD ? s.O : s.C, steps = s.K * ((in_width + G::DEPTH - 1) / G::DEPTH);
+    int row, column, k = 0, i0 = 0;
+    my_corner<SIZE>(&row, &column);
+    float sum[G::R][G::R] = {};
+    float4 a[G::LOADS], b[G::LOADS];
+    fetch_step<SIZE, AHEAD, VEC>(a, b, in, w, s, n0, j0, 0, 0);
+    for (int step = 0; step < steps; step++) {
+        int now = step & 1;
+#pragma unroll
+        for (int l = 0; l < G::LOADS; l++) {
+            put_turned<SIZE>(tile.a[now], l, a[l]);
+            if (AHEAD)
+                put_turned<SIZE>(tile.b[now], l, b[l]);
+            else
+                put_straight<SIZE>(tile.b[now], l, b[l]);
+        }
+        // The tiles are whole before anyone reads them. They are next written two steps on, after
+        // the next barrier, which no one passes before having read them.
+        __syncthreads();
+        i0 += G::DEPTH;
+        if (i0 >= in_width) i0 = 0, k++;
+        if (step + 1 < steps) fetch_step<SIZE, AHEAD, VEC>(a, b, in, w, s, n0, j0, k, i0);
+        multiply_step<SIZE>(sum, tile, now, row, column);
+    }
+#pragma unroll
+    for (int i = 0; i < G::R; i++) {
+        int n = n0 + row + i / 4 * 4 * G::SIDE + i % 4;
+        if (n >= s.B * s.T) continue;
+#pragma unroll
+        for (int g = 0; g < G::R / 4; g++) {
+            float4 v = *(float4 *)&sum[i][4 * g];
+            int j = j0 + column + g * 4 * G::SIDE;
+            if (AHEAD)
+                finish_backward4<VEC>(f, v, n, j);
+            else
+                finish_forward4<VEC>(f, v, n, j);
+        }
+    }
+}
+
+// The blocks that a large GPU needs to be busy. A constant, so that a shape means the same work on
+// every device.
+enum { BUSY = 132 };
+
+template <int SIZE, bool AHEAD>
+static void launch_block(const float *in, const float *w, const Finish &f, ConvShape s, bool vec) {
+    int across = (int)ceil_div(f.width, SIZE);
+    unsigned blocks = (unsigned)(ceil_div((size_t)s.B * s.T, SIZE) * across);
+    if (vec)
+        conv_block<SIZE, AHEAD, true>
+            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, f, s, across);
+    else
+        conv_block<SIZE, AHEAD, false>
+            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, f, s, across);
+    LAUNCHED(AHEAD ? "conv_backward_input_block" : "conv_forward_block");
+}
+
+template <bool AHEAD>
+static void pick_block(const float *in, const float *w, const Finish &f, ConvShape s) {
+    size_t N = (size_t)s.B * s.T;
+    bool vec = s.C % 4 == 0 && s.O % 4 == 0 && aligned16(in) && aligned16(w) && aligned16(f.out) &&
+               aligned16(f.pre) && aligned16(f.a) && aligned16(f.b) && aligned16(f.res);
+    if (ceil_div(N, 128) * ceil_div(f.width, 128) >= BUSY * 3 / 4)
+        launch_block<128, AHEAD>(in, w, f, s, vec);
+    else
+        launch_block<32, AHEAD>(in, w, f, s, vec);
+}
+
+static void conv_forward_block(act *out, act *pre, const act *x, const real *w, const real *b,
+                               const act *res, Dropout drop, ConvShape s, void *work) {
+    (void)work;
+    pick_block<false>((const float *)x, w, forward_finish(out, pre, b, res, drop, s), s);
+}
+
+static void conv_backward_input_block(act *dx, act *a, const act *dy, const real *w,
+                                      const act *pre, Dropout drop, ConvShape s, bool accumulate,
+                                      void *work) {
+    (void)work;
+    pick_block<true>((const float *)dy, w,
+                     backward_finish(dx, a, (act *)pre, drop, s, accumulate), s);
+}
+
+// The weight gradient on the same tiles. Both operands lie with time as their rows, so both go
+// straight into shared memory. There are few outputs and many terms: K*C*O/128^2 = 12 blocks for
+// 132 SMs. So time is cut into slabs, every block sums one, and a second kernel adds the slabs in
+// order; no float atomics, the same bits every run. Cost: slabs * K*C*O values written and read
+// once, 17 MB that stay in the L2 cache, against 67 MB of operands. Measured: 2.95 -> 0.316 ms,
+// 64 % of the rate.
+
+typedef struct {
+    int size, slabs, rows;  // tile, slabs of time, rows in each
+} WeightPlan;
+
+// Fixed by the shape alone, because the cut is part of the result's bits.
+static WeightPlan weight_plan(ConvShape s) {
+    enum { BLOCKS = 2 * BUSY, LEAST_ROWS = 256 };
+    size_t N = (size_t)s.B * s.T, most = ceil_div(N, LEAST_ROWS), tiles = 0;
+    WeightPlan p = {128, 1, 0};
+    for (;; p.size /= 2) {
+        tiles = (size_t)s.K * ceil_div(s.C, p.size) * ceil_div(s.O, p.size);
+        if (p.size == 32 || tiles * most >= BUSY) break;
+    }
+    size_t slabs = tiles < BLOCKS ? BLOCKS / tiles : 1;
+    if (slabs > most) slabs = most;
+    p.rows = (int)(ceil_div(ceil_div(N, slabs), 32) * 32);
+    p.slabs = (int)ceil_div(N, (size_t)p.rows);
+    return p;
+}
+
+// slabs * tiles <= 2*BUSY, so the partial sums of all slabs take at most 2*BUSY tiles, and where
+// one slab is enough, none.
+size_t conv_work_bytes(size_t N, int K, int width) {
+    size_t slabs = ceil_div(N, 256), w = (size_t)width, all = slabs * K * w * w;
+    size_t tiles = (size_t)2 * BUSY * 128 * 128;
+    if (slabs > 2 * BUSY) slabs = 2 * BUSY;
+    return ((all < tiles ? all : tiles) + slabs * w) * sizeof(float);
+}
+
+// Rows n0..n0+DEPTH-1 of x, moved `back` rows back, and of dy.
+template <int SIZE, bool VEC>
+static __device__ void fetch_rows(float4 *a, float4 *b, const float *x, const float *dy,
+                                  const ConvShape &s, int n0, int n_end, int c0, int o0, int back) {
+    typedef Block<SIZE> G;
+#pragma unroll
+    for (int l = 0; l < G::LOADS; l++) {
+        int at = threadIdx.x + l * G::COUNT;
+        int n = n0 + at / (SIZE / 4), j = at % (SIZE / 4) * 4;  // SIZE/4 lanes to a row
+        bool here = n < n_end, inside = here && n % s.T >= back;
+        a[l] = load4<VEC>(inside ? x + (size_t)(n - back) * s.C + c0 + j : x,
+                          inside ? s.C - c0 - j : 0);
+        b[l] = load4<VEC>(here ? dy + (size_t)n * s.O + o0 + j : dy, here ? s.O - o0 - j : 0);
+    }
+}
+
+// sum over the block's threads of what each has of column j of dy: db, or a slab's part of it.
+template <int SIZE>
+static __device__ void finish_bias(float *db, bool add, float4 mine, float *shared, int o0, int O) {
+    constexpr int ROWS = Block<SIZE>::COUNT / (SIZE / 4);
+    static_assert(sizeof(Block<SIZE>) >= ROWS * SIZE * sizeof(float), "the sums fit");
+    __syncthreads();  // the last tiles have been read before the sums overwrite them
+    *(float4 *)&shared[threadIdx.x * 4] = mine;
+    __syncthreads();  // all rows of partial sums are there before a column is added up
+    for (int j = threadIdx.x; j < SIZE && o0 + j < O; j += Block<SIZE>::COUNT) {
+        float total = 0;
+        for (int r = 0; r < ROWS; r++) total += shared[r * SIZE + j];
+        db[o0 + j] = add ? db[o0 + j] + total : total;
+    }
+}
+
+// part (slabs, K*C*O + O) takes every slab's sums; with one slab dw and db are added to directly.
+template <int SIZE, bool VEC>
+__global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
+    weight_block(float *dw, float *db, float *part, const float *x, const float *dy, ConvShape s,
+                 WeightPlan p) {
+    typedef Block<SIZE> G;
+    __shared__ __align__(16) Block<SIZE> tile;
+    int across = (s.O + SIZE - 1) / SIZE, down = (s.C + SIZE - 1) / SIZE, at = blockIdx.x;
+    int o0 = at % across * SIZE, c0 = at / across % down * SIZE;
+    int k = at / across / down % s.K, slab = at / across / down / s.K;
+    int n0 = slab * p.rows, N = s.B * s.T, n_end = n0 + p.rows < N ? n0 + p.rows : N;
+    int row, column, now = 0;
+    my_corner<SIZE>(&row, &column);
+    float sum[G::R][G::R] = {};
+    float4 a[G::LOADS], b[G::LOADS], dy_sum = make_float4(0, 0, 0, 0);
+    fetch_rows<SIZE, VEC>(a, b, x, dy, s, n0, n_end, c0, o0, k * s.dil);
+    for (; n0 < n_end; n0 += G::DEPTH, now ^= 1) {
+#pragma unroll
+        for (int l = 0; l < G::LOADS; l++) {
+            put_straight<SIZE>(tile.a[now], l, a[l]);
+            put_straight<SIZE>(tile.b[now], l, b[l]);
+            dy_sum.x += b[l].x, dy_sum.y += b[l].y, dy_sum.z += b[l].z, dy_sum.w += b[l].w;
+        }
+        __syncthreads();  // as in conv_block
+        if (n0 + G::DEPTH < n_end)
+            fetch_rows<SIZE, VEC>(a, b, x, dy, s, n0 + G::DEPTH, n_end, c0, o0, k * s.dil);
+        multiply_step<SIZE>(sum, tile, now, row, column);
+    }
+    size_t weights = (size_t)s.K * s.C * s.O;
+    bool add = p.slabs == 1;
+    float *to_w = add ? dw : part + (size_t)slab * (weights + s.O);
+    float *to_b = add ? db : to_w + weights;
+#pragma unroll
+    for (int i = 0; i < G::R; i++) {
+        int c = c0 + row + i / 4 * 4 * G::SIDE + i % 4;
+        if (c >= s.C) continue;
+#pragma unroll
+        for (int g = 0; g < G::R / 4; g++) {
+            int o = o0 + column + g * 4 * G::SIDE, left = s.O - o;
+            float *to = to_w + ((size_t)k * s.C + c) * s.O + o;
+            float4 old = load4<VEC>(to, add ? left : 0);
+            store4<VEC>(to, make_float4(old.x + sum[i][4 * g], old.y + sum[i][4 * g + 1],
+                                        old.z + sum[i][4 * g + 2], old.w + sum[i][4 * g + 3]),
+                        left);
+        }
+    }
+    if (db && k == 0 && c0 == 0) finish_bias<SIZE>(to_b, add, dy_sum, &tile.a[0][0][0], o0, s.O);
+}
+
+// dw += the slabs' sums, db likewise, slab by slab.
+__global__ void add_slabs(float *dw, float *db, const float *part, size_t weights, int O,
+                          int slabs) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= weights + (db ? O : 0)) return;
+    float sum = 0;
+#pragma unroll 8
+    for (int slab = 0; slab < slabs; slab++) sum += part[slab * (weights + O) + i];
+    if (i < weights)
+        dw[i] += sum;
+    else
+        db[i - weights] += sum;
+}
+
+template <int SIZE>
+static void launch_weight(float *dw, float *db, float *part, const float *x, const float *dy,
+                          ConvShape s, WeightPlan p) {
+    unsigned blocks = (unsigned)(ceil_div(s.O, SIZE) * ceil_div(s.C, SIZE) * s.K * p.slabs);
+    if (s.C % 4 == 0 && s.O % 4 == 0 && aligned16(x) && aligned16(dy) && aligned16(dw))
+        weight_block<SIZE, true>
+            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(dw, db, part, x, dy, s, p);
+    else
+        weight_block<SIZE, false>
+            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(dw, db, part, x, dy, s, p);
+    LAUNCHED("conv_backward_weight_block");
+}
+
+static void conv_backward_weight_block(real *dw, real *db, const act *x, const act *dy,
+                                       ConvShape s, void *work) {
+    WeightPlan p = weight_plan(s);
+    const float *x_f = (const float *)x, *dy_f = (const float *)dy;
+    float *part = (float *)work;
+    if (p.size == 128)
+        launch_weight<128>(dw, db, part, x_f, dy_f, s, p);
+    else if (p.size == 64)
+        launch_weight<64>(dw, db, part, x_f, dy_f, s, p);
+    else
+        launch_weight<32>(dw, db, part, x_f, dy_f, s, p);
+    if (p.slabs == 1) return;
+    size_t weights = (size_t)s.K * s.C * s.O;
+    add_slabs<<<(unsigned)ceil_div(weights + s.O, THREADS), THREADS, 0, gpu_stream>>>(
+        dw, db, part, weights, s.O, p.slabs);
+    LAUNCHED("add_slabs");
+}
+
+// ---- The table
+
+const Kernel conv_kernels[] = {
+    KERNEL(float, conv_forward, conv_forward_naive, "naive", "the CPU's loop, a thread per output"),
+    KERNEL(float, conv_forward, conv_forward_tile, "", "32x32 tiles in shared memory"),
+    KERNEL(float, conv_forward, conv_forward_block, "tiled", "8x8 outputs in a thread's registers"),
+    KERNEL(float, conv_backward_input, conv_backward_input_naive, "naive", "a thread per input"),
+    KERNEL(float, conv_backward_input, conv_backward_input_tile, "", "32x32 tiles, looking ahead"),
+    KERNEL(float, conv_backward_input, conv_backward_input_block, "tiled",
+           "8x8 inputs in a thread's registers"),
+    KERNEL(float, conv_backward_weight, conv_backward_weight_naive, "naive", "a thread per weight"),
+    KERNEL(float, conv_backward_weight, conv_backward_weight_tile, "", "32x32 tiles of weights"),
+    KERNEL(float, conv_backward_weight, conv_backward_weight_block, "tiled",
+           "8x8 weights in registers, slabs of time"),
+};
+const int n_conv_kernels = sizeof conv_kernels / sizeof *conv_kernels;

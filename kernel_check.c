@@ -1,0 +1,567 @@
+// kernel_check.c: one GPU kernel at a time against the CPU: what test_kernels.c calls for every row
+// of the kernel table, what the self-test before training calls, and what times a row.
+//
+// Read first: kernels.h (the table), model.h (the contracts that are checked here).
+//
+// Every entry of Backend has one function below that lays out its operands and calls it, written
+// once and run on both sides: the CPU's table and one with the row under test. Inputs are the same
+// numbers on both. Outputs and scratch are full of NaN before every launch, except those that are
+// added to: these start from the same numbers on both sides.
+#include "kernels.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { MOST_BUFFERS = 24 };
+
+typedef enum { IN, OUT, ADD, WORK } Role;  // ADD: read and written
+
+typedef struct {
+    const char *name;
+    Role role;
+    bool is_act, is_int, exact;  // exact: with integer inputs, the result has no rounding
+    size_t n;                    // values
+    void *p;                     // in the backend's memory
+} Buffer;
+
+// A backend with the operands of one call.
+typedef struct Side {
+    const Backend *be;
+    void (*run)(struct Side *);  // lays out the operands and makes the call
+    size_t act_bytes;  // of the row under test: both sides' activations are rounded to it
+    ConvShape s;
+    int variant;
+    bool exact, failed;
+    bool fill;   // operands are (re)set on their way; otherwise they stay
+    bool timed;  // the paper's configuration: no dropout
+    uint64_t seed;
+    Buffer buffers[MOST_BUFFERS];
+    int count, next;
+} Side;
+
+// ---- Operands ----------------------------------------------------------------------------------
+
+// A value as an activation of act_bytes holds it: 2 is bf16, the upper half of a float32, rounded
+// to even.
+static real as_act(real v, size_t act_bytes) {
+    if (act_bytes != 2) return v;
+    float f = (float)v;
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    u = (u + 0x7FFF + (u >> 16 & 1)) & 0xFFFF0000u;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+// Input i of buffer `salt`: -2..2 where sums must be exact, else uniform in (-1,1).
+static real input_value(const Side *s, int salt, size_t i) {
+    Philox r = philox(s->seed, (uint32_t)i, (uint32_t)(i >> 32), (uint32_t)salt, RNG_TEST);
+    if (s->exact) return (real)(int)(r.v[0] % 5) - 2;
+    return (real)(((double)r.v[0] + 0.5) / 2147483648.0 - 1);
+}
+
+// The bits of a NaN, and no valid byte or index either.
+static void fill_with_nan(void *host, size_t n) {
+    const uint32_t nan_bits = 0x7FC00000u;
+    for (size_t i = 0; i < n; i++) memcpy((char *)host + i * 4, &nan_bits, 4);
+}
+
+// The next operand: made on the first run, found again on later ones.
+static void *operand(Side *s, const char *name, Role role, bool is_act, size_t n) {
+    int salt = s->next++;
+    if (s->failed || salt >= MOST_BUFFERS) {
+        s->failed = true;
+        return NULL;
+    }
+    Buffer *b = &s->buffers[salt];
+    size_t size = is_act ? s->be->act_bytes : sizeof(real);
+    if (salt >= s->count) {
+        *b = (Buffer){.name = name, .role = role, .is_act = is_act, .n = n};
+        b->p = s->be->alloc(n * size);
+        if (!b->p) {
+            s->failed = true;
+            return NULL;
+        }
+        s->count++;
+    }
+    if (!s->fill) return b->p;
+    real *host = malloc(n * sizeof *host);
+    if (!host) {
+        s->failed = true;
+        return NULL;
+    }
+    if (role == OUT || role == WORK)
+        fill_with_nan(host, n);
+    else
+        for (size_t i = 0; i < n; i++) {
+            host[i] = input_value(s, salt, i);
+            if (is_act) host[i] = as_act(host[i], s->act_bytes);
+        }
+    if (is_act)
+        s->be->write_acts(b->p, host, n);
+    else
+        s->be->upload(b->p, host, n * sizeof *host);
+    free(host);
+    return b->p;
+}
+
+static act *acts(Side *s, const char *name, Role role, size_t n) {
+    return operand(s, name, role, true, n);
+}
+static real *reals(Side *s, const char *name, Role role, size_t n) {
+    return operand(s, name, role, false, n);
+}
+static void *scratch(Side *s, size_t N, int K, int width, size_t n) {
+    size_t bytes = s->be->work_bytes(N, K, width, n);
+    return operand(s, "work", WORK, false, (bytes + 3) / 4);
+}
+
+// Integers; inputs are uniform in low..high.
+static int *ints(Side *s, const char *name, Role role, size_t n, int low, int high) {
+    int *p = operand(s, name, role, false, n);
+    s->buffers[s->next - 1].is_int = true;
+    if (!p || role != IN || !s->fill) return p;
+    int *host = malloc(n * sizeof *host);
+    if (!host) {
+        s->failed = true;
+        return p;
+    }
+    for (size_t i = 0; i < n; i++) {
+        Philox r = philox(s->seed, (uint32_t)i, 0, (uint32_t)s->next, RNG_TEST);
+        host[i] = low + (int)(r.v[1] % (uint32_t)(high - low + 1));
+    }
+    s->be->upload(p, host, n * sizeof *host);
+    free(host);
+    return p;
+}
+
+static void *bytes_in(Side *s, const char *name, const void *host, size_t bytes) {
+    void *p = operand(s, name, IN, false, (bytes + 3) / 4);
+    if (p && s->fill) s->be->upload(p, host, bytes);
+    return p;
+}
+
+// The last operand's result is a sum of integers: with integer inputs it must agree bit for bit.
+static void last_is_exact(Side *s) {
+    if (s->next <= MOST_BUFFERS) s->buffers[s->next - 1].exact = true;
+}
+
+static StepState *state_in(Side *s, uint32_t step) {
+    StepState *host = calloc(1, sizeof *host);
+    if (!host) {
+        s->failed = true;
+        return NULL;
+    }
+    host->step = step;
+    host->loss_sum = 3;
+    StepState *p = operand(s, "state", ADD, false, sizeof *host / 4);
+    s->buffers[s->next - 1].is_int = true;
+    s->buffers[s->next - 1].role = IN;  // compared by those who read it back
+    if (p && s->fill) s->be->upload(p, host, sizeof *host);
+    free(host);
+    return p;
+}
+
+// Odd variants drop; the rows start somewhere in a larger batch.
+static Dropout dropout_in(Side *s) {
+    Dropout d = {.seed = s->seed, .purpose = RNG_DROPOUT + 3, .first = 5, .scale = 1};
+    d.state = state_in(s, 7);
+    if (s->variant % 2 && !s->exact && !s->timed)
+        d.threshold = 13107, d.scale = 65536.0f / (65536 - 13107);
+    return d;
+}
+
+// ---- One function per entry of Backend ---------------------------------------------------------
+
+static size_t rows_of(const Side *s) { return (size_t)s->s.B * s->s.T; }
+static int wider(int a, int b) { return a > b ? a : b; }
+
+static void run_embed_forward(Side *s) {
+    size_t N = rows_of(s);
+    int C = s->s.C;
+    act *x = acts(s, "x", OUT, N * C);
+    const int *ids = ints(s, "ids", IN, N, 0, BYTE_DROPPED);
+    const real *table = reals(s, "table", IN, (size_t)V * C), *gain = reals(s, "gain", IN, C);
+    const real *bias = reals(s, "bias", IN, C);
+    void *work = scratch(s, N, 1, wider(C, V), 1);
+    if (!s->failed) s->be->embed_forward(x, ids, table, gain, bias, N, C, work);
+}
+
+static void run_embed_backward(Side *s) {
+    size_t N = rows_of(s);
+    int C = s->s.C;
+    real *dtable = reals(s, "dtable", ADD, (size_t)V * C), *dgain = reals(s, "dgain", ADD, C);
+    real *dbias = reals(s, "dbias", ADD, C);
+    last_is_exact(s);
+    const act *dx = acts(s, "dx", IN, N * C);
+    // Variants 2 and 3: a few byte values only, so that each has many rows.
+    const int *ids = ints(s, "ids", IN, N, s->variant < 2 ? 0 : BYTE_DROPPED - 2, BYTE_DROPPED);
+    const real *table = reals(s, "table", IN, (size_t)V * C), *gain = reals(s, "gain", IN, C);
+    void *work = scratch(s, N, 1, wider(C, V), 1);
+    if (!s->failed)
+        s->be->embed_backward(dtable, dgain, dbias, dx, ids, table, gain, N, C, work);
+}
+
+static void run_norm_forward(Side *s) {
+    size_t N = rows_of(s);
+    int C = s->s.C;
+    act *out = acts(s, "out", OUT, N * C);
+    const act *x = acts(s, "x", IN, N * C);
+    const real *gain = reals(s, "gain", IN, C), *bias = reals(s, "bias", IN, C);
+    if (!s->failed) s->be->norm_forward(out, x, gain, bias, N, C);
+}
+
+// Variant 1 accumulates, variant 2 writes dx over x.
+static void run_norm_backward(Side *s) {
+    size_t N = rows_of(s);
+    int C = s->s.C;
+    bool accumulate = s->variant == 1, in_place = s->variant == 2;
+    act *dx = acts(s, "dx", accumulate || in_place ? ADD : OUT, N * C);
+    real *dgain = reals(s, "dgain", ADD, C), *dbias = reals(s, "dbias", ADD, C);
+    last_is_exact(s);
+    const act *dout = acts(s, "dout", IN, N * C), *x = acts(s, "x", IN, N * C);
+    const real *gain = reals(s, "gain", IN, C);
+    void *work = scratch(s, N, 1, wider(C, V), 1);
+    if (!s->failed)
+        s->be->norm_backward(dx, dgain, dbias, dout, in_place ? dx : x, gain, N, C, accumulate,
+                             work);
+}
+
+// Variant 0: linear, into pre. 1: dropout. 2: residual. 3: dropout, and out over the residual.
+// Exact: a linear map with and without bias.
+static void run_conv_forward(Side *s) {
+    ConvShape c = s->s;
+    size_t N = rows_of(s), n = N * c.O;
+    bool linear = s->exact || s->variant == 0;
+    act *pre = acts(s, "pre", OUT, n);
+    last_is_exact(s);
+    const act *x = acts(s, "x", IN, N * c.C);
+    const real *w = reals(s, "w", IN, (size_t)c.K * c.C * c.O), *b = reals(s, "b", IN, c.O);
+    void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
+    Dropout drop = dropout_in(s);
+    act *out = linear ? NULL : acts(s, "out", s->variant == 3 ? ADD : OUT, n);
+    const act *res = linear ? NULL : s->variant == 2 ? acts(s, "res", IN, n) : NULL;
+    if (s->variant == 3) res = out;
+    if (s->exact && s->variant == 1) b = NULL;
+    if (!s->failed) s->be->conv_forward(out, pre, x, w, b, res, drop, c, work);
+}
+
+// Variant 0: plain. 1: through dropout and GELU, a made again, dx over pre. 2: accumulated.
+// 3: through dropout and GELU, a not wanted.
+static void run_conv_backward_input(Side *s) {
+    ConvShape c = s->s;
+    size_t N = rows_of(s), n = N * c.C;
+    bool through = !s->exact && s->variant % 2 == 1, accumulate = s->variant == 2;
+    bool over = through && s->variant == 1;
+    act *dx = acts(s, "dx", accumulate || over ? ADD : OUT, n);
+    last_is_exact(s);
+    const act *dy = acts(s, "dy", IN, N * c.O);
+    const real *w = reals(s, "w", IN, (size_t)c.K * c.C * c.O);
+    void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
+    Dropout drop = dropout_in(s);
+    act *a = over ? acts(s, "a", OUT, n) : NULL;
+    const act *pre = over ? dx : through ? acts(s, "pre", IN, n) : NULL;
+    if (!s->failed) s->be->conv_backward_input(dx, a, dy, w, pre, drop, c, accumulate, work);
+}
+
+// Variant 3: no bias gradient.
+static void run_conv_backward_weight(Side *s) {
+    ConvShape c = s->s;
+    size_t N = rows_of(s);
+    real *dw = reals(s, "dw", ADD, (size_t)c.K * c.C * c.O);
+    last_is_exact(s);
+    real *db = reals(s, "db", ADD, c.O);
+    last_is_exact(s);
+    const act *x = acts(s, "x", IN, N * c.C), *dy = acts(s, "dy", IN, N * c.O);
+    void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
+    if (!s->failed)
+        s->be->conv_backward_weight(dw, s->variant == 3 ? NULL : db, x, dy, c, work);
+}
+
+static void run_act_backward(Side *s) {
+    size_t n = rows_of(s) * s->s.O;
+    bool in_place = s->variant >= 2;
+    act *dpre = acts(s, "dpre", in_place ? ADD : OUT, n);
+    const act *dout = acts(s, "dout", IN, n), *pre = acts(s, "pre", IN, n);
+    Dropout drop = dropout_in(s);
+    if (!s->failed) s->be->act_backward(dpre, dout, in_place ? dpre : pre, drop, s->s);
+}
+
+// Variant 1: softcap. 2: losses only. 3: every fourth row or so is not scored.
+static void run_cross_entropy(Side *s) {
+    size_t N = rows_of(s);
+    real *losses = reals(s, "losses", OUT, N);
+    act *logits = acts(s, "dlogits", ADD, N * V);
+    const int *targets = ints(s, "targets", IN, N, s->variant == 3 ? -V / 3 : 0, V - 1);
+    if (!s->failed)
+        s->be->cross_entropy(losses, logits, targets, s->variant == 1 ? 0.5f : 0,
+                             s->variant == 2 ? 0 : 0.125f, N);
+}
+
+// What the host would read of the state, laid out as reals for the comparison.
+static void state_out(Side *s, const StepState *state, uint32_t step) {
+    if (!s->fill) return;  // being timed
+    real *figures = reals(s, "state", OUT, 5);
+    StepState *host = malloc(sizeof *host);
+    if (host && !s->failed) {
+        s->be->download(host, state, sizeof *host);
+        StepFigures f = host->ring[step % RING];
+        if (!(f.loss - f.loss == 0)) f.loss = -1;  // not finite on both sides is agreement
+        real v[5] = {(real)host->step, (real)host->loss_sum, f.loss, f.grad_norm, f.lr};
+        s->be->upload(figures, v, sizeof v);
+    }
+    free(host);
+}
+
+static void run_add_losses(Side *s) {
+    size_t N = rows_of(s) * (s->timed ? 1 : (size_t)s->s.C);
+    StepState *state = state_in(s, 0);
+    const real *losses = reals(s, "losses", IN, N);
+    void *work = scratch(s, N, 1, V, 1);
+    if (!s->failed) s->be->add_losses(state, losses, N, work);
+    state_out(s, state, 0);
+    last_is_exact(s);
+}
+
+static void run_draw_batch(Side *s) {
+    enum { TEXT = 5000 };
+    int T = s->s.T < 1000 ? s->s.T : 1000;
+    uint8_t text[TEXT];
+    for (int i = 0; i < TEXT; i++) text[i] = (uint8_t)(i * 7 + i / 256);
+    uint64_t starts[2] = {0, 2000};
+    uint64_t windows[3] = {0, (uint64_t)(2000 - T), (uint64_t)(2000 - T + 3000 - T)};
+    size_t N = (size_t)s->s.B * T;
+    int *ids = ints(s, "ids", OUT, N, 0, 0);
+    last_is_exact(s);
+    int *targets = ints(s, "targets", OUT, N, 0, 0);
+    last_is_exact(s);
+    Corpus c = {.n_windows = windows[2], .parts = 2};
+    c.text = bytes_in(s, "text", text, sizeof text);
+    c.starts = bytes_in(s, "starts", starts, sizeof starts);
+    c.windows = bytes_in(s, "windows", windows, sizeof windows);
+    const StepState *state = state_in(s, 11);
+    if (!s->failed)
+        s->be->draw_batch(ids, targets, c, state, s->seed, s->variant % 2 ? 20000 : 0, 3, s->s.B,
+                          T);
+}
+
+// Variant 0: no average, no clipping. 2: a loss that is not finite: nothing may change.
+static void run_optimize(Side *s) {
+    size_t n = rows_of(s) * s->s.C, bytes = n * sizeof(real);
+    Hyper h = {.steps = 100, .warmup = 3, .lr = 1e-2, .min_lr = 1e-3, .beta1 = 0.9, .beta2 = 0.99,
+               .eps = 1e-8, .weight_decay = 0.1, .clip = s->variant ? 1 : 0, .ema = 0.9};
+    real *params = reals(s, "params", ADD, n), *m = reals(s, "m", ADD, n);
+    real *v = reals(s, "v", ADD, n), *ema = reals(s, "ema", ADD, n);
+    real *grads = reals(s, "grads", IN, n), *host = malloc(bytes);
+    void *work = scratch(s, 1, 1, 1, n);
+    StepState *state = state_in(s, 9);
+    if (host && !s->failed && s->fill) {  // v is a mean of squares: not below 0
+        for (size_t i = 0; i < n; i++) host[i] = (real)fabs((double)input_value(s, 99, i));
+        s->be->upload(v, host, bytes);
+    }
+    free(host);
+    double scale = s->variant == 2 ? INFINITY : 0.5;
+    if (!s->failed)
+        s->be->optimize(params, grads, m, v, s->variant ? ema : NULL, n, n / 2, state, scale, h,
+                        work);
+    state_out(s, state, 9);
+}
+
+typedef struct {
+    const char *op;
+    void (*run)(Side *);
+    bool sums;  // has outputs that are sums of its inputs: exact for integers
+} Op;
+
+static const Op ops[] = {
+    {"embed_forward", run_embed_forward, false},
+    {"embed_backward", run_embed_backward, true},
+    {"norm_forward", run_norm_forward, false},
+    {"norm_backward", run_norm_backward, true},
+    {"conv_forward", run_conv_forward, true},
+    {"conv_backward_input", run_conv_backward_input, true},
+    {"conv_backward_weight", run_conv_backward_weight, true},
+    {"act_backward", run_act_backward, false},
+    {"cross_entropy", run_cross_entropy, false},
+    {"add_losses", run_add_losses, true},
+    {"draw_batch", run_draw_batch, true},
+    {"optimize", run_optimize, false},
+};
+
+static const Op *find_op(const char *name) {
+    for (size_t i = 0; i < sizeof ops / sizeof *ops; i++)
+        if (strcmp(ops[i].op, name) == 0) return &ops[i];
+    return NULL;
+}
+
+// ---- Comparing ---------------------------------------------------------------------------------
+
+static void close_side(Side *s) {
+    for (int i = 0; i < s->count; i++) s->be->free(s->buffers[i].p);
+    s->count = 0;
+}
+
+static void read_buffer(const Side *s, const Buffer *b, real *host) {
+    if (b->is_act)
+        s->be->read_acts(host, b->p, b->n);
+    else
+        s->be->download(host, b->p, b->n * sizeof *host);
+}
+
+static double relative_error(const Buffer *b, const real *out, const real *ref) {
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < b->n; i++) {
+        diff += ((double)out[i] - ref[i]) * ((double)out[i] - ref[i]);
+        norm += (double)ref[i] * ref[i];
+    }
+    return diff == 0 ? 0 : sqrt(diff / norm);  // NaN stays NaN, x/0 is infinite: both fail
+}
+
+// All outputs of both sides. Integers always, and sums of integers where asked, bit for bit.
+static int compare_sides(const Side *gpu, const Side *cpu, KernelCheck *r, Error *e) {
+    for (int i = 0; i < gpu->count; i++) {
+        const Buffer *b = &gpu->buffers[i];
+        if (b->role != OUT && b->role != ADD) continue;
+        bool bits = b->is_int || (gpu->exact && b->exact);
+        if (gpu->exact && !bits) continue;  // not a sum of integers: random inputs check it
+        real *out = malloc(b->n * sizeof *out), *ref = malloc(b->n * sizeof *ref);
+        if (!out || !ref) {
+            free(out), free(ref);
+            return fail(e, "out of host memory");
+        }
+        read_buffer(gpu, b, out);
+        read_buffer(cpu, &cpu->buffers[i], ref);
+        if (b->is_act)
+            for (size_t j = 0; j < b->n; j++) ref[j] = as_act(ref[j], gpu->act_bytes);
+        r->compared++;
+        double error = bits ? memcmp(out, ref, b->n * sizeof *out) != 0 : 0, tolerance = 0;
+        if (!bits) error = relative_error(b, out, ref);
+        if (!bits) tolerance = gpu->act_bytes == 2 ? 1e-2 : 1e-5;
+        if (!(error <= r->error)) {
+            r->error = error;
+            snprintf(r->where, sizeof r->where, "%s", b->name);
+        }
+        if (!(error <= tolerance)) r->passed = false;
+        free(out);
+        free(ref);
+    }
+    return 0;
+}
+
+// A backend that runs this row; for its operation nothing else is called.
+static int backend_of(const Kernel *k, Backend *b, Error *e) {
+    const Backend *base = gpu_backend(k->act_bytes == 2 ? "tensor" : "naive", e);
+    if (!base) return -1;
+    *b = *base;
+    kernel_install(b, k);
+    return 0;
+}
+
+// The CPU's side of a check, kept: the next row is often the same operation on the same inputs.
+static const Side *cpu_side(const Side *like) {
+    static Side kept;
+    if (kept.run == like->run && memcmp(&kept.s, &like->s, sizeof kept.s) == 0 &&
+        kept.variant == like->variant && kept.exact == like->exact && kept.seed == like->seed &&
+        kept.act_bytes == like->act_bytes && !kept.failed)
+        return &kept;
+    close_side(&kept);
+    kept = *like;
+    kept.be = &cpu_backend;
+    kept.run(&kept);
+    return &kept;
+}
+
+int kernel_check(const Kernel *k, ConvShape s, int variant, bool exact, uint64_t seed,
+                 KernelCheck *r, Error *e) {
+    Backend b;
+    const Op *op = find_op(k->op);
+    if (!op) return fail(e, "%s: no check for the operation %s", k->name, k->op);
+    *r = (KernelCheck){.exact = exact, .passed = true};
+    if (exact && !op->sums) return 0;
+    if (backend_of(k, &b, e)) return -1;
+    Side gpu = {.be = &b, .run = op->run, .act_bytes = k->act_bytes, .s = s, .variant = variant,
+                .exact = exact, .fill = true, .seed = seed};
+    const Side *cpu = cpu_side(&gpu);
+    int status = 0;
+    op->run(&gpu);
+    const char *error = b.error();
+    if (error)
+        status = fail(e, "%s: %s", k->name, error);
+    else if (gpu.failed || cpu->failed)
+        status = fail(e, "%s: not enough memory for the check", k->name);
+    else
+        status = compare_sides(&gpu, cpu, r, e);
+    close_side(&gpu);
+    return status;
+}
+
+int gpu_selftest(const Backend *b, Error *e) {
+    static const ConvShape shapes[] = {
+        {1, 1, 1, 1, 1, 1}, {3, 37, 33, 31, 3, 4},
+        {2, 130, 64, 128, 2, 200}, {1, 257, 36, 132, 3, 2},
+    };
+    int n;
+    const Kernel *all = gpu_kernels(&n);
+    for (int i = 0; i < n; i++) {
+        if (memcmp((const char *)b + all[i].entry, &all[i].launch, sizeof all[i].launch) != 0)
+            continue;  // not what this backend runs
+        for (int j = 0; j < 8; j++) {
+            ConvShape s = shapes[j % 4];
+            KernelCheck r;
+            bool exact = j >= 4;
+            if (kernel_check(&all[i], s, j % 4, exact, 1, &r, e)) return -1;
+            if (r.passed) continue;
+            return fail(e, "self-test: %s is wrong in %s: %s %g (B %d T %d C %d O %d K %d dil %d); "
+                           "do not train with this build, try another nvcc or --kernels naive",
+                        all[i].name, r.where, exact ? "bits differ," : "relative error", r.error,
+                        s.B, s.T, s.C, s.O, s.K, s.dil);
+        }
+    }
+    return 0;
+}
+
+// ---- Timing ------------------------------------------------------------------------------------
+
+// Operations, and bytes with every operand moved once, of the variant that is timed.
+static void count_work(const char *op, ConvShape s, size_t size, double *flops, double *bytes) {
+    double N = (double)s.B * s.T, C = s.C, O = s.O, w = 4.0 * s.K * C * O, a = (double)size;
+    double n = N * C;
+    *flops = strncmp(op, "conv", 4) == 0 ? 2 * N * s.K * C * O : 0;
+    *bytes = 0;
+    if (strcmp(op, "embed_forward") == 0) *bytes = a * n + 4 * N;
+    if (strcmp(op, "embed_backward") == 0) *bytes = a * n + 4 * N;
+    if (strcmp(op, "norm_forward") == 0) *bytes = 2 * a * n;
+    if (strcmp(op, "norm_backward") == 0) *bytes = 4 * a * n;            // x, dout, dx read+written
+    if (strcmp(op, "conv_forward") == 0) *bytes = a * N * (C + 2 * O) + w;    // x, pre, out
+    if (strcmp(op, "conv_backward_input") == 0) *bytes = a * N * (O + 3 * C) + w;  // dy, pre, dx, a
+    if (strcmp(op, "conv_backward_weight") == 0) *bytes = a * N * (C + O) + 2 * w;
+    if (strcmp(op, "act_backward") == 0) *bytes = 3 * a * N * O;
+    if (strcmp(op, "cross_entropy") == 0) *bytes = 2 * a * N * V;
+    if (strcmp(op, "add_losses") == 0) *bytes = 4 * N;
+    if (strcmp(op, "draw_batch") == 0) *bytes = 10 * N;
+    if (strcmp(op, "optimize") == 0) *bytes = 36 * n;  // with the average weights
+}
+
+static void run_again(void *arg) {
+    Side *s = arg;
+    s->next = 0;
+    s->run(s);
+}
+
+double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes) {
+    Backend b;
+    Error e;
+    const Op *op = find_op(k->op);
+    if (!op || backend_of(k, &b, &e)) return -1;
+    count_work(k->op, s, k->act_bytes, flops, bytes);
+    // Variant 1 is what training runs: through the activation, accumulated, averaged.
+    Side gpu = {.be = &b, .act_bytes = k->act_bytes, .s = s, .variant = 1, .fill = true,
+                .timed = true, .seed = 1};
+    gpu.run = op->run;
+    gpu.run(&gpu);
+    gpu.fill = false;
+    double seconds = gpu.failed ? -1 : gpu_time(run_again, &gpu);
+    close_side(&gpu);
+    if (b.error()) seconds = -1;
+    return seconds;
+}

@@ -1,0 +1,192 @@
+// kernels.h: what the GPU files offer the programs (first part, plain C), and what the .cu files
+// share among themselves (second part). Read model.h first.
+//
+// Built without CUDA every function here still exists and says so in one line, so that no program
+// needs an #ifdef: gpu_open fails, and there are no kernels.
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include "model.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// One row of the kernel table, which drives dispatch, --help, the tests, ./bench and the README.
+// A backend takes, for every entry of Backend, the LAST row of that entry that names it.
+// To try a kernel of one's own: write a launcher with the entry's signature, add one row
+//     KERNEL(float, conv_forward, my_launcher, "", "what it tries")
+// to the table at the end of its file, and run `make check-kernels`. With "tiled" for "" it also
+// trains.
+typedef struct {
+    const char *op;       // the entry of Backend that it implements
+    const char *name;     // of its launcher
+    const char *used_by;  // "naive", "tiled", "naive tiled" ...; "" = a rung of the ladder only
+    const char *idea;
+    size_t act_bytes;      // of the activations it works on: 4 float32, 2 bf16
+    size_t entry;          // offsetof(Backend, op)
+    void (*launch)(void);  // cast to the type of the entry
+} Kernel;
+
+typedef struct {
+    char name[96];
+    int capability;  // 90 = sm_90
+    int sms;         // multiprocessors
+    size_t bytes, free_bytes;
+    int driver, runtime;  // CUDA versions, 13000 = 13.0
+} GpuInfo;
+
+// What a check of one kernel found.
+typedef struct {
+    double error;        // worst over the outputs: |out - cpu| / |cpu|, norms over a tensor
+    char where[64];      // the output that it was found in
+    bool exact, passed;  // exact: small integers, compared bit for bit
+    int compared;        // outputs; 0 where the operation has none that can be exact
+} KernelCheck;
+
+#if defined WITH_CUDA || defined __CUDACC__
+
+// Takes the first GPU. 0, or -1 with one line: no driver, no device, driver too old, a GPU that
+// this build has no code for. Every other function below calls it first; info may be NULL.
+int gpu_open(GpuInfo *info, Error *e);
+
+// "naive" or "tiled"; NULL with the reason.
+const Backend *gpu_backend(const char *name, Error *e);
+const char *const *gpu_backend_names(int *n);
+
+// Bytes that the program holds on the device now. (The driver's own context is not counted.)
+size_t gpu_allocated_bytes(void);
+
+// The kernel table; works without a GPU. kernel_install puts a row into a backend.
+const Kernel *gpu_kernels(int *n);
+void kernel_install(Backend *b, const Kernel *k);
+
+// Median seconds of f(arg), which queues work on the GPU: device events, after a warm-up. -1 where
+// the device reported an error.
+double gpu_time(void (*f)(void *), void *arg);
+
+// Ceilings, measured: bytes/s of a large copy (read + written), FLOP/s of independent float32
+// multiply-adds, FLOP/s of cuBLAS on (M,K)x(K,N) in float32 (0 unless built with WITH_CUBLAS).
+double gpu_copy_rate(void);
+double gpu_fma_rate(void);
+double gpu_cublas_rate(int M, int N, int K);
+
+// ---- kernel_check.c: one kernel against the CPU ---------------------------------------------
+
+// Checks a few ugly shapes of every kernel of the backend. 0, or -1 with the kernel, the shape and
+// the error found.
+int gpu_selftest(const Backend *b, Error *e);
+
+// One row on one shape: 0, or -1 where it could not run (no memory, a device error).
+// `variant` picks among the op's options: residual or not, dropout or not, ...
+enum { CHECK_VARIANTS = 4 };
+int kernel_check(const Kernel *k, ConvShape s, int variant, bool exact, uint64_t seed,
+                 KernelCheck *r, Error *e);
+
+// Median seconds of a row at a shape (-1: could not run), and what that work is: operations (0 for
+// what only moves data) and the bytes that must move, every operand once.
+double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes);
+
+#else
+static inline int gpu_open(GpuInfo *info, Error *e) {
+    (void)info;
+    return fail(e, "built without CUDA (no nvcc was found): install the CUDA toolkit, then make");
+}
+static inline const Backend *gpu_backend(const char *name, Error *e) {
+    (void)name;
+    gpu_open(NULL, e);
+    return NULL;
+}
+static inline const char *const *gpu_backend_names(int *n) { return *n = 0, NULL; }
+static inline size_t gpu_allocated_bytes(void) { return 0; }
+static inline const Kernel *gpu_kernels(int *n) { return *n = 0, NULL; }
+static inline int gpu_selftest(const Backend *b, Error *e) { return (void)b, (void)e, 0; }
+#endif
+
+#ifdef __cplusplus
+}
+#endif
+
+// ---- Shared by the .cu files -------------------------------------------------------------------
+#ifdef __CUDACC__
+
+// Everything runs on this one stream, in order. Nothing but download, read_acts and error waits.
+extern cudaStream_t gpu_stream;
+
+// Notes an error. The first one stays until Backend.error() has reported it.
+void gpu_note(cudaError_t code, const char *what);
+#define CHECK(call) gpu_note(call, #call)
+#define LAUNCHED(name) gpu_note(cudaGetLastError(), name)
+
+#define KERNEL(act_type, op, launcher, used_by, idea)                               \
+    {#op, #launcher, used_by, idea, sizeof(act_type), offsetof(Backend, op),        \
+     (void (*)(void))static_cast<decltype(Backend::op)>(launcher)}
+
+// The tables of the other files, and the memory half of a Backend (float32 activations).
+extern const Kernel conv_kernels[];
+extern const int n_conv_kernels;
+extern const Backend gpu_memory;
+size_t conv_work_bytes(size_t N, int K, int width);
+static_assert(sizeof(real) == sizeof(float), "the GPU computes in float32");
+
+static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+static inline bool aligned16(const void *p) { return (uintptr_t)p % 16 == 0; }  // NULL is aligned
+
+// Four neighbours. VEC: one 16-byte access, for rows whose length and address are multiples of
+// four values. Otherwise one by one, and only the first `left` exist. left <= 0: none, zeros.
+template <bool VEC>
+static inline __device__ float4 load4(const float *p, int left) {
+    if (VEC) return left > 0 ? *(const float4 *)p : make_float4(0, 0, 0, 0);
+    return make_float4(left > 0 ? p[0] : 0, left > 1 ? p[1] : 0, left > 2 ? p[2] : 0,
+                       left > 3 ? p[3] : 0);
+}
+template <bool VEC>
+static inline __device__ void store4(float *p, float4 v, int left) {
+    if (VEC) {
+        if (left > 0) *(float4 *)p = v;
+        return;
+    }
+    if (left > 0) p[0] = v.x;
+    if (left > 1) p[1] = v.y;
+    if (left > 2) p[2] = v.z;
+    if (left > 3) p[3] = v.w;
+}
+
+// The sum over a warp, the same bits in every lane.
+static inline __device__ float warp_sum(float v) {
+    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    return v;
+}
+static inline __device__ double warp_sum(double v) {
+    for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    return v;
+}
+
+// gelu(x) and gelu'(x) as in model.h, with one exponential and one division for both.
+static inline __device__ void gelu_and_grad(float x, float *value, float *grad) {
+    float clamped = fminf(fmaxf(x, -10.0f), 10.0f), square = clamped * clamped;
+    float e = exp_real(-GELU_A * clamped * (1 + GELU_B * square)), s = 1 / (1 + e);
+    *value = x * s;
+    *grad = s + clamped * s * (s * e) * (GELU_A * (1 + 3 * GELU_B * square));
+}
+
+// The dropout factor of element i of a layer (model.h: Dropout), and of i..i+3 where i % 4 == 0:
+// one draw serves all four.
+static inline __device__ float dropout_factor(const Dropout &d, uint64_t i) {
+    if (d.threshold == 0) return 1;
+    uint64_t group = i / 8;
+    Philox r = philox(d.seed, (uint32_t)group, (uint32_t)(group >> 32), d.state->step, d.purpose);
+    return philox_lane(r, (int)(i % 8)) < d.threshold ? 0 : d.scale;
+}
+static inline __device__ float4 dropout_factor4(const Dropout &d, uint64_t i) {
+    if (d.threshold == 0) return make_float4(1, 1, 1, 1);
+    uint64_t group = i / 8;
+    Philox r = philox(d.seed, (uint32_t)group, (uint32_t)(group >> 32), d.state->step, d.purpose);
+    uint32_t lo = i % 8 ? r.v[2] : r.v[0], hi = i % 8 ? r.v[3] : r.v[1];
+    return make_float4((lo & 0xFFFF) < d.threshold ? 0 : d.scale,
+                       (lo >> 16) < d.threshold ? 0 : d.scale,
+                       (hi & 0xFFFF) < d.threshold ? 0 : d.scale,
+                       (hi >> 16) < d.threshold ? 0 : d.scale);
+}
+#endif
+#endif

@@ -1,0 +1,410 @@
+// test_kernels.c: every GPU kernel against the CPU, then the whole model, then 50 steps.
+//
+//   make check-kernels                          # all rows, then how fast each is
+//   ./test_kernels --kernel conv_forward_mine   # one row of the kernel table, checked and timed
+//   ./test_kernels --small                      # small shapes only, for compute-sanitizer
+//
+// Without a GPU every test is skipped, by name, and the exit status is 0. Read kernel_check.c for
+// what a check does. Exit status 1: a test failed. 2: wrong usage.
+#include "kernels.h"
+#include "test.h"
+
+typedef struct {
+    bool small, time, check;
+    const char *kernel;  // NULL = all
+    uint64_t seed;
+    ConvShape shape;  // of the timings
+} Options;
+
+#ifdef WITH_CUDA
+
+static void report(bool ok, const char *name, const char *detail) {
+    check(ok, "%s%s%s", name, *detail ? ": " : "", detail);
+    fflush(stdout);
+}
+
+// ---- Kernels -----------------------------------------------------------------------------------
+
+// B T C O K dil. Tiles are 32, 64 and 128 wide and long, kernels choose by size: these cross every
+// edge. The first SMALL are what the sanitizers run.
+enum { SMALL = 4 };
+static const ConvShape ugly[] = {
+    {1, 1, 1, 1, 1, 1},         {3, 37, 33, 31, 3, 4},      {2, 66, 36, 68, 2, 100},
+    {1, 130, 8, 132, 3, 2},     {1, 513, 4, 4, 7, 5},       {3, 5, 100, 32, 7, 3},
+    {1, 31, 32, 32, 3, 1},      {1, 32, 32, 33, 2, 1},      {1, 33, 31, 32, 1, 1},
+    {3, 127, 127, 129, 3, 4},   {1, 128, 128, 128, 3, 4},   {3, 129, 129, 127, 2, 128},
+    {3, 63, 64, 65, 3, 62},     {1, 64, 65, 63, 3, 64},     {1, 65, 63, 64, 7, 11},
+    {3, 1, 33, 100, 3, 1},      {3, 2, 100, 33, 3, 2},      {1, 100, 1, 100, 3, 7},
+    {1, 100, 100, 1, 3, 7},     {3, 50, 32, 32, 7, 1 << 20},
+    // long enough for the largest tiles: vectors, single values, channels over one tile's edge
+    {1, 12737, 8, 12, 3, 4},    {3, 4247, 5, 7, 2, 9},      {3, 2140, 4, 132, 2, 6},
+    {2, 3201, 132, 4, 3, 17},   {1, 6337, 12, 20, 1, 1},    {2, 1301, 100, 68, 3, 5},
+    {1, 6400, 256, 5, 1, 1},
+};
+enum { UGLY = sizeof ugly / sizeof *ugly, RANDOM = 200 };
+
+static int between(uint64_t seed, int i, int what, int low, int high) {
+    Philox r = philox(seed, (uint32_t)i, (uint32_t)what, 0, RNG_TEST);
+    return low + (int)(r.v[0] % (uint32_t)(high - low + 1));
+}
+
+static ConvShape random_shape(uint64_t seed, int i) {
+    ConvShape s = {.B = between(seed, i, 0, 1, 3), .T = between(seed, i, 1, 1, 200),
+                   .C = between(seed, i, 2, 1, 130), .O = between(seed, i, 3, 1, 130),
+                   .K = between(seed, i, 4, 1, 7)};
+    s.dil = between(seed, i, 5, 1, s.T + 5);
+    // Every other shape has whole vectors, as real models do.
+    if (i % 2) s.C = (s.C + 3) / 4 * 4, s.O = (s.O + 3) / 4 * 4;
+    // LayerNorm of two values is +-1 whatever they are: its gradient is all cancellation.
+    if (s.C == 2) s.C = 3;
+    return s;
+}
+
+// One row of the table on one shape: random inputs, then integers. Notes the worst error.
+static int check_shape(const Kernel *k, ConvShape s, int variant, uint64_t seed, bool small,
+                       double *worst) {
+    for (int exact = 0; exact < (small && variant ? 1 : 2); exact++) {
+        KernelCheck r;
+        Error e;
+        int status = kernel_check(k, s, variant, exact, seed, &r, &e);
+        if (status == 0 && r.compared == 0) continue;
+        if (status == 0 && !exact && !(r.error <= *worst)) *worst = r.error;
+        if (status == 0 && r.passed) continue;
+        char detail[ERROR_LEN + 256];
+        snprintf(detail, sizeof detail, "B %d T %d C %d O %d K %d dil %d variant %d: %s %s %g", s.B,
+                 s.T, s.C, s.O, s.K, s.dil, variant,
+                 status ? e.text : exact ? "integers: bits differ in" : "random: relative error in",
+                 status ? "" : r.where, status ? 0 : r.error);
+        report(false, k->name, detail);
+        return -1;
+    }
+    return 0;
+}
+
+// All rows of one operation, shape by shape: the CPU's half is worked out once for all of them.
+static void check_operation(const Kernel *all, int n, const char *op, const Options *o) {
+    enum { MOST = 32 };
+    const Kernel *rows[MOST];
+    double worst[MOST] = {0};
+    bool wrong[MOST] = {0};
+    int count = 0, shapes = (o->small ? SMALL : UGLY) * CHECK_VARIANTS;
+    for (int i = 0; i < n && count < MOST; i++)
+        if (strcmp(all[i].op, op) == 0 && (!o->kernel || strcmp(o->kernel, all[i].name) == 0))
+            rows[count++] = &all[i];
+    if (count == 0) return;
+    int random = o->small ? 0 : RANDOM;
+    for (int i = 0; i < shapes + random; i++) {
+        bool drawn = i >= shapes;
+        ConvShape s = drawn ? random_shape(o->seed, i - shapes) : ugly[i / CHECK_VARIANTS];
+        for (int j = 0; j < count; j++)
+            if (!wrong[j])
+                wrong[j] = check_shape(rows[j], s, i % CHECK_VARIANTS, o->seed + (uint64_t)i,
+                                       o->small, &worst[j]) != 0;
+    }
+    for (int j = 0; j < count; j++) {
+        char detail[96];
+        snprintf(detail, sizeof detail, "%d shapes, worst relative error %.1e", shapes + random,
+                 worst[j]);
+        if (!wrong[j]) report(true, rows[j]->name, detail);
+    }
+}
+
+// ---- The whole model ---------------------------------------------------------------------------
+
+typedef struct {
+    const char *name;
+    Config config;
+    int B, T;
+    Training training;
+} Case;
+
+static Case model_case(int i) {
+    const Hyper h = {.steps = 50, .warmup = 5, .lr = 2e-3, .min_lr = 2e-4, .beta1 = 0.9,
+                     .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1, .clip = 1, .ema = 0};
+    Config c = {.channels = 32, .latent = 32, .taps = 3, .blocks = 2, .n_dilations = 3,
+                .dilations = {1, 2, 4}, .form = BLOCK_PAPER};
+    Case k = {.name = "paper block", .config = c, .B = 2, .T = 40,
+              .training = {.seed = 5, .passes = 1, .hyper = h}};
+    if (i == 1) {
+        k.name = "pre-norm, tied, softcap, dropout, byte dropout, average, two passes";
+        k.config.form = BLOCK_PRENORM;
+        k.config.tie = true;
+        k.config.softcap = 30;
+        k.training.dropout = 0.2f;
+        k.training.byte_dropout = 0.1f;
+        k.training.passes = 2;
+        k.training.hyper.ema = 0.9;
+    }
+    if (i == 2) {
+        k.name = "paper block, odd sizes, dropout";
+        k.config.channels = 33;
+        k.config.latent = 21;
+        k.config.taps = 2;
+        k.T = 37;
+        k.B = 3;
+        k.training.dropout = 0.1f;
+    }
+    if (i == 3) {
+        k.name = "pre-norm, own head, softcap, no clipping";
+        k.config.form = BLOCK_PRENORM;
+        k.config.latent = 48;
+        k.config.softcap = 5;
+        k.training.hyper.clip = 0;
+    }
+    return k;
+}
+enum { CASES = 4 };
+
+static int open_model(Model *m, const Backend *be, const Case *k, Error *e) {
+    uint8_t text[4000];
+    for (int i = 0; i < 4000; i++)  // something to learn: words of a small alphabet
+        text[i] = (uint8_t)('a' + (i / 5 * 7 + i % 5 * 3 + (i * 2654435761u >> 29)) % 26);
+    uint64_t lengths[2] = {1500, 2500};
+    if (model_open(m, be, &k->config, k->B, k->T, &k->training, e)) return -1;
+    if (model_init_params(m, 1, e) == 0 && model_set_corpus(m, text, lengths, 2, e) == 0) return 0;
+    model_free(m);
+    return -1;
+}
+
+static double tensor_error(const real *out, const real *ref, size_t n) {
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        diff += ((double)out[i] - ref[i]) * ((double)out[i] - ref[i]);
+        norm += (double)ref[i] * ref[i];
+    }
+    return diff == 0 ? 0 : sqrt(diff / norm);
+}
+
+// Loss and every gradient of one step within 1e-4.
+static void test_gradients(const Backend *be, const Case *k, const char *name) {
+    Model cpu, gpu;
+    Error e;
+    if (open_model(&cpu, &cpu_backend, k, &e)) {
+        report(false, name, e.text);
+        return;
+    }
+    if (open_model(&gpu, be, k, &e)) {
+        model_free(&cpu);
+        report(false, name, e.text);
+        return;
+    }
+    model_train_step(&cpu);
+    model_train_step(&gpu);
+    const char *error = be->error();
+    StepState *state = malloc(sizeof *state);
+    real *out = malloc(cpu.n_params * sizeof *out);
+    bool ok = !error && state && out;
+    char detail[ERROR_LEN] = "";
+    double worst = 0;
+    if (ok) {
+        be->download(state, gpu.state, sizeof *state);
+        double loss = state->ring[0].loss, ref = cpu.state->ring[0].loss;
+        double loss_error = fabs(loss - ref) / fabs(ref);
+        model_read(&gpu, out, gpu.grads);
+        if (!(loss_error <= 1e-4)) {
+            ok = false;
+            snprintf(detail, sizeof detail, "loss %g, on the CPU %g", loss, ref);
+        }
+        for (int i = 0; i < cpu.n_tensors && ok; i++) {
+            const Tensor *t = &cpu.tensors[i];
+            double err = tensor_error(out + t->offset, cpu.grads + t->offset, t->size);
+            if (!(err <= worst)) worst = err;
+            if (!(err <= 1e-4)) {
+                ok = false;
+                snprintf(detail, sizeof detail, "gradient of %s: relative error %g", t->name, err);
+            }
+        }
+    }
+    if (ok) snprintf(detail, sizeof detail, "worst relative error %.1e", worst);
+    report(ok, name, error ? error : detail);
+    free(state);
+    free(out);
+    model_free(&cpu);
+    model_free(&gpu);
+}
+
+// steps figures of a run of 50 steps, and the parameters after it (n_params, caller frees).
+static real *run_steps(const Backend *be, const Case *k, StepFigures *figures, int steps,
+                       size_t *n, Error *e) {
+    Model m;
+    if (open_model(&m, be, k, e)) return NULL;
+    for (int i = 0; i < steps; i++) model_train_step(&m);
+    StepState *state = malloc(sizeof *state);
+    real *params = malloc(m.n_params * sizeof *params);
+    if (state && params) {
+        be->download(state, m.state, sizeof *state);
+        memcpy(figures, state->ring, (size_t)steps * sizeof *figures);
+        model_read(&m, params, m.params);
+    }
+    const char *error = be->error();
+    if (error) fail(e, "%s", error);
+    *n = m.n_params;
+    free(state);
+    model_free(&m);
+    if (!error) return params;
+    free(params);
+    return NULL;
+}
+
+// The CPU's loss at each of 50 steps to 1e-3, and two runs of the GPU bit for bit.
+static void test_steps(const Backend *be, const Case *k, const char *name, const char *twice) {
+    enum { STEPS = 50 };
+    StepFigures cpu[STEPS] = {0}, one[STEPS] = {0}, two[STEPS] = {0};
+    size_t n = 0;
+    Error e = {"out of host memory"};
+    real *ref = run_steps(&cpu_backend, k, cpu, STEPS, &n, &e);
+    real *a = run_steps(be, k, one, STEPS, &n, &e), *b = run_steps(be, k, two, STEPS, &n, &e);
+    char detail[ERROR_LEN];
+    double worst = 0;
+    bool ok = ref && a && b;
+    snprintf(detail, sizeof detail, "%s", e.text);
+    for (int i = 0; i < STEPS && ok; i++) {
+        double err = fabs((double)one[i].loss - cpu[i].loss);
+        if (!(err <= worst)) worst = err;
+    }
+    if (ok)
+        snprintf(detail, sizeof detail, "loss %.4f to %.4f, furthest from the CPU %.1e",
+                 one[0].loss, one[STEPS - 1].loss, worst);
+    report(ok && worst <= 1e-3, name, detail);
+    bool same = ok && memcmp(a, b, n * sizeof *a) == 0 && memcmp(one, two, sizeof one) == 0;
+    report(same, twice, same ? "" : ok ? "two runs differ" : e.text);
+    free(ref);
+    free(a);
+    free(b);
+}
+
+static void test_models(const Options *o) {
+    int n;
+    const char *const *names = gpu_backend_names(&n);
+    for (int j = 0; j < n; j++) {
+        Error e;
+        char name[256], twice[256];
+        const Backend *be = gpu_backend(names[j], &e);
+        snprintf(name, sizeof name, "self-test of %s", names[j]);
+        if (!be) {
+            report(false, name, e.text);
+            continue;
+        }
+        int status = o->small ? 0 : gpu_selftest(be, &e);
+        if (!o->small) report(status == 0, name, status ? e.text : "");
+        for (int i = 0; i < CASES; i++) {
+            Case k = model_case(i);
+            snprintf(name, sizeof name, "%s, gradients, %s", names[j], k.name);
+            if (i < 3 || !o->small) test_gradients(be, &k, name);
+            if (o->small) continue;
+            snprintf(name, sizeof name, "%s, 50 steps, %s", names[j], k.name);
+            snprintf(twice, sizeof twice, "%s, same bits twice, %s", names[j], k.name);
+            test_steps(be, &k, name, twice);
+        }
+    }
+}
+
+// ---- How fast ----------------------------------------------------------------------------------
+
+static void time_kernels(const Options *o) {
+    ConvShape s = o->shape;
+    double copy = gpu_copy_rate(), fma = gpu_fma_rate();
+    double cublas = gpu_cublas_rate(s.B * s.T, s.O, s.K * s.C);
+    GpuInfo g;
+    Error e;
+    gpu_open(&g, &e);
+    printf("\n%s, B %d T %d C %d O %d K %d dil %d; ceilings measured here: copy %.0f GB/s, "
+           "float32 FMA %.1f TFLOP/s", g.name, s.B, s.T, s.C, s.O, s.K, s.dil, copy / 1e9,
+           fma / 1e12);
+    if (cublas > 0) printf(", cuBLAS on the same product %.1f TFLOP/s", cublas / 1e12);
+    printf("\n%-28s %10s %9s %7s %9s %7s  %s\n", "kernel", "ms", "TFLOP/s", "of FMA", "GB/s",
+           "of copy", "idea");
+    int n;
+    const Kernel *k = gpu_kernels(&n);
+    for (int i = 0; i < n; i++) {
+        if (o->kernel && strcmp(o->kernel, k[i].name) != 0) continue;
+        double flops = 0, bytes = 0, t = kernel_seconds(&k[i], s, &flops, &bytes);
+        if (!(t > 0)) {
+            printf("%-28s could not run\n", k[i].name);
+            continue;
+        }
+        printf("%-28s %10.4f %9.2f %6.1f%% %9.1f %6.1f%%  %s\n", k[i].name, t * 1e3,
+               flops / t / 1e12, 100 * flops / t / fma, bytes / t / 1e9, 100 * bytes / t / copy,
+               k[i].idea);
+    }
+    printf("\n");
+}
+
+// 0, or 1 where there is no such row.
+static int run_all(const Options *o) {
+    int n, found = 0;
+    const Kernel *k = gpu_kernels(&n);
+    for (int i = 0; i < n; i++) found += !o->kernel || strcmp(o->kernel, k[i].name) == 0;
+    if (!found) {
+        fprintf(stderr, "test_kernels: no kernel named '%s'; the table has\n", o->kernel);
+        for (int i = 0; i < n; i++) fprintf(stderr, "  %-28s %s\n", k[i].name, k[i].idea);
+        return 1;
+    }
+    if (o->check) printf("# shapes drawn from seed %llu (--seed)\n", (unsigned long long)o->seed);
+    for (int i = 0; i < n && o->check; i++) {
+        bool first = true;  // row of its operation
+        for (int j = 0; j < i; j++) first = first && strcmp(k[j].op, k[i].op) != 0;
+        if (first) check_operation(k, n, k[i].op, o);
+    }
+    if (o->check && !o->kernel) test_models(o);
+    if (o->time) time_kernels(o);
+    return 0;
+}
+
+static void skip_all(const char *why) {
+    int n;
+    const Kernel *k = gpu_kernels(&n);
+    for (int i = 0; i < n; i++) skip(k[i].name);
+    const char *const *names = gpu_backend_names(&n);
+    for (int i = 0; i < n; i++) {
+        char name[96];
+        snprintf(name, sizeof name, "the whole model on %s", names[i]);
+        skip(name);
+    }
+    printf("# skipped because: %s\n", why);
+}
+#else
+static int run_all(const Options *o) { return (void)o, 0; }
+static void skip_all(const char *why) {
+    char line[ERROR_LEN + 32];
+    snprintf(line, sizeof line, "all GPU kernels: %s", why);
+    skip(line);
+}
+#endif
+
+static int usage(void) {
+    fprintf(stderr, "usage: test_kernels [--small] [--time | --time-only] [--kernel NAME]\n"
+                    "                    [--seed N] [--shape B,T,C,O,K,dil]   (of the timings)\n");
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    Options o = {.check = true, .seed = 20240601, .shape = {32, 1024, 256, 256, 3, 4}};
+    for (int i = 1; i < argc; i++) {
+        ConvShape *s = &o.shape;
+        if (strcmp(argv[i], "--small") == 0)
+            o.small = true;
+        else if (strcmp(argv[i], "--time") == 0)
+            o.time = true;
+        else if (strcmp(argv[i], "--time-only") == 0)
+            o.time = true, o.check = false;
+        else if (strcmp(argv[i], "--kernel") == 0 && i + 1 < argc)
+            o.kernel = argv[++i];
+        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
+            o.seed = strtoull(argv[++i], NULL, 10);
+        else if (strcmp(argv[i], "--shape") == 0 && i + 1 < argc &&
+                 sscanf(argv[++i], "%d,%d,%d,%d,%d,%d", &s->B, &s->T, &s->C, &s->O, &s->K,
+                        &s->dil) == 6)
+            continue;
+        else
+            return usage();
+    }
+    Error e;
+    int status = 0;
+    if (gpu_open(NULL, &e))
+        skip_all(e.text);
+    else
+        status = run_all(&o);
+    if (status) return 2;
+    return finish();
+}
