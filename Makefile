@@ -9,11 +9,12 @@ try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/nu
 OPENMP := $(or $(call try,-fopenmp),$(call try,-Xpreprocessor -fopenmp -lomp),$(call try,-fopenmp-simd))
 NATIVE := $(call try,-march=native)
 CONTRACT := $(call try,-ffp-contract=fast)
-NVCC := $(shell command -v nvcc 2>/dev/null || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
+CUDA_HOME ?= /usr/local/cuda
+NVCC := $(shell command -v nvcc 2>/dev/null || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
 ifneq ($(NVCC),)
-# The GPU that is here, e.g. 9.0 -> 90; anything but digits is an error message and not an answer.
-CAPABILITY := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | \
-	tr -d '. \r' | grep -E '^[0-9]+$$')
+# The GPUs that are here, e.g. 9.0 -> 90; anything but digits is an error message and no answer.
+CAPABILITY := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+	tr -d '. \r' | grep -E '^[0-9]+$$' | sort -un)
 SUPPORTED := $(shell $(NVCC) --list-gpu-arch 2>/dev/null)
 endif
 
@@ -33,12 +34,11 @@ ARCH ?= $(CAPABILITY)
 # 90 is built as 90a, which has Hopper's matrix instructions. No GPU here: code for those that are
 # common, and PTX that the driver compiles on newer ones.
 number = $(subst 90,90a,$(patsubst 90a,90,$(1)))
-ifneq ($(ARCH),)
-GENCODE := $(foreach a,$(ARCH),-gencode=arch=compute_$(call number,$(a)),code=sm_$(call number,$(a)))
-else
-GENCODE := $(foreach a,75 80 86 89 90,$(if $(filter compute_$(a),$(SUPPORTED)),\
-	-gencode=arch=compute_$(call number,$(a)),code=sm_$(call number,$(a)))) \
-	-gencode=arch=compute_80,code=compute_80
+COMMON := $(patsubst compute_%,%,$(filter $(addprefix compute_,75 80 86 89 90),$(SUPPORTED)))
+GENCODE := $(foreach a,$(or $(ARCH),$(COMMON)),-gencode=arch=compute_$(call number,$(a)),code=sm_$(call \
+	number,$(a)))
+ifeq ($(ARCH),)
+GENCODE += -gencode=arch=compute_80,code=compute_80
 endif
 
 CUDA_OBJECTS :=
@@ -66,6 +66,13 @@ build/flags: FORCE
 	 echo '$(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)' > $@
 FORCE:
 
+# bench alone compares with cuBLAS: it needs its library at run time, the others do not.
+ifneq ($(NVCC),)
+CUBLAS := $(shell ls $(dir $(NVCC))../lib64/libcublas.so $(dir $(NVCC))../targets/*/lib/libcublas.so \
+	2>/dev/null | head -1)
+endif
+BENCH_CORE := $(if $(CUBLAS),$(subst build/layers.o,build/layers_cublas.o,$(CORE)),$(CORE))
+
 HEADERS := model.h checkpoint.h stream.h cli.h kernels.h test.h data/language.h
 build/%.o: %.c $(HEADERS) build/flags
 	$(CC) $(ALL_CFLAGS) -c $< -o $@
@@ -73,12 +80,16 @@ build/language.o: data/language.c $(HEADERS) build/flags
 	$(CC) $(ALL_CFLAGS) -c $< -o $@
 build/%.o: %.cu $(HEADERS) build/flags
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
+build/layers_cublas.o: layers.cu $(HEADERS) build/flags
+	$(NVCC) $(NVCC_FLAGS) -DWITH_CUBLAS -c $< -o $@
 build/%_f64.o: %.c $(HEADERS) build/flags
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
 
 train: build/train.o build/language.o $(CORE)
-sample bench test_causality test_model test_sample test_kernels: %: build/%.o $(CORE)
-train sample bench test_causality test_model test_sample test_kernels:
+bench: build/bench.o $(BENCH_CORE)
+	$(CC) $(ALL_CFLAGS) $^ -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) $(CUDA_LIBS) $(LIBS)
+sample test_causality test_model test_sample test_kernels: %: build/%.o $(CORE)
+train sample test_causality test_model test_sample test_kernels:
 	$(CC) $(ALL_CFLAGS) $^ -o $@ $(CUDA_LIBS) $(LIBS)
 data/language: data/language.c data/language.h build/flags
 	$(CC) $(ALL_CFLAGS) -DLANGUAGE_MAIN $< -o $@ $(LIBS)
@@ -110,7 +121,10 @@ plot:
 	(or brew install gnuplot); $(RUN)/log.tsv is plain text for any other plotter"; exit 1; }
 	@[ -f $(RUN)/log.tsv ] || { echo "$(RUN)/log.tsv is not there: train first, or name RUN=DIR"; \
 	exit 1; }
-	gnuplot -e "run='$(RUN)'" plot.gp
+	gnuplot -e "set terminal pngcairo size 900,540; set output '$(RUN)/loss.png'; \
+	set xlabel 'step'; set ylabel 'nats per byte'; set grid; set datafile missing 'nan'; \
+	set key autotitle columnhead; plot '$(RUN)/log.tsv' using 1:2 with lines title 'training', \
+	'' using 1:3 with linespoints pointtype 7 title 'held out'"
 	@echo "$(RUN)/loss.png"
 
 doctor:
@@ -121,8 +135,8 @@ doctor:
 	CUDA toolkit for the GPU, or go on without)"
 	@echo "driver     $$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | \
 	head -1 | grep -E '^[0-9.]+$$' || echo 'none found')"
-	@echo "GPU        $$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | \
-	grep . || echo 'none found') $(if $(CAPABILITY),(sm_$(CAPABILITY)))"
+	@echo "GPU        $(if $(CAPABILITY),$$(nvidia-smi --query-gpu=name --format=csv,noheader | \
+	head -1) $(addprefix sm_,$(CAPABILITY)),none found)"
 	@echo "builds     $(if $(NVCC),CPU and CUDA: $(strip $(GENCODE)),CPU only)"
 
 # ---- Tests ----
@@ -136,7 +150,7 @@ COPY = rm -rf build/$@ && mkdir -p build/$@/data && cp Makefile *.c *.h *.cu *.s
 	cp data/*.[ch] build/$@/data
 asan:
 	$(COPY)
-	$(MAKE) -C build/$@ NVCC= CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all' test
+	$(MAKE) -C build/$@ NVCC= CFLAGS='-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all' test
 try:
 	$(COPY)
 	$(MAKE) -C build/$@ test
@@ -144,4 +158,20 @@ try:
 mutate:
 	./mutate.sh
 
-.PHONY: all demo plot doctor test asan try mutate FORCE
+# On a machine with a GPU: every kernel against the CPU, then timed beside the others.
+check-kernels: test_kernels
+	./test_kernels --time
+# The same at small shapes under each tool of compute-sanitizer.
+sanitize: test_kernels
+	for tool in memcheck racecheck initcheck synccheck; do echo "== $$tool"; \
+	compute-sanitizer --tool $$tool --error-exitcode 1 ./test_kernels --small || exit 1; done
+
+# libFuzzer on the checkpoint reader, a minute by default. Needs clang and its runtime.
+FUZZ_SECONDS ?= 60
+fuzz:
+	@mkdir -p build/corpus
+	clang -g -O1 -std=c11 -DFUZZ -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas \
+	checkpoint.c model.c -lm -o fuzz_checkpoint
+	./fuzz_checkpoint -max_total_time=$(FUZZ_SECONDS) -max_len=65536 build/corpus
+
+.PHONY: all demo plot doctor test asan try mutate check-kernels sanitize fuzz FORCE

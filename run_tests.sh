@@ -3,7 +3,7 @@
 # A program that fails, crashes or runs no check fails the whole.     ./run_tests.sh [PROGRAM...]
 cd "$(dirname "$0")" || exit 1
 [ $# -gt 0 ] || set -- "data/language --test" ./test_gradcheck ./test_causality ./test_model \
-    ./test_sample ./test_kernels ./test_train.sh
+    ./test_sample ./test_kernels ./test_train.sh ./test_build.sh
 log=$(mktemp) || exit 1
 trap 'rm -f "$log"' EXIT
 passed=0 failed=0 skipped=0

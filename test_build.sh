@@ -1,0 +1,46 @@
+#!/bin/sh
+# test_build.sh: what the Makefile finds on machines unlike this one, by stub tools on PATH. Reads
+# the last line of `make doctor`; builds nothing. Run by `make test`, alone: ./test_build.sh
+cd "$(dirname "$0")" || exit 1
+bin=$(mktemp -d) || exit 1
+trap 'rm -rf "$bin"' EXIT
+passed=0 failed=0
+for tool in sh make cc gcc as ld head tr grep sed sort cmp mkdir cat ls echo; do
+    path=$(command -v $tool) && ln -s "$path" "$bin/$tool" 2>/dev/null
+done
+stub() { # name, its text
+    rm -f "$bin/$1"
+    printf '#!/bin/sh\n%s\n' "$2" >"$bin/$1"
+    chmod +x "$bin/$1"
+}
+# name, words that must stand in `make doctor`, words that must not, arguments of make
+finds() {
+    name=$1 words=$2 without=$3; shift 3
+    out=$(PATH=$bin MAKEFLAGS= make --no-print-directory doctor CUDA_HOME=/nowhere "$@" 2>&1)
+    if echo "$out" | grep -q -e "$words" && ! echo "$out" | grep -q -e "$without"; then
+        passed=$((passed + 1)); echo "ok   $name"
+    else
+        failed=$((failed + 1)); echo "FAIL $name: no '$words', or '$without', in:"; echo "$out"
+    fi
+}
+all='for i in 75 80 86 89 90 100 120; do echo compute_$i; done'
+finds 'no nvcc: CPU only' 'builds     CPU only' gencode
+stub nvcc "case \$1 in --list-gpu-arch) $all;; --version) echo release 13.0;; esac"
+finds 'no nvidia-smi: code for the common GPUs and PTX for newer' 'sm_75.*sm_80.*sm_90a.*code=compute_80' sm_120
+finds 'ARCH overrides' 'arch=compute_86,code=sm_86' sm_75 ARCH=86
+finds 'ARCH=90 means 90a' 'code=sm_90a' sm_75 ARCH=90
+stub nvidia-smi 'case $1 in *compute_cap*) echo 9.0;; *driver*) echo 580.1;; *) echo Some GPU;; esac'
+finds 'an H100: sm_90a alone' 'CUDA: -gencode=arch=compute_90a,code=sm_90a$' sm_75
+finds 'its name, driver and capability' 'Some GPU sm_90' 'none found'
+stub nvidia-smi 'case $1 in *compute_cap*) printf "8.6\r\n12.0\r\n8.6\r\n";; *) echo x;; esac'
+finds 'two kinds of GPU: code for both, once each' 'sm_86.*sm_120$' 'sm_86.*sm_86,'
+stub nvidia-smi 'echo "NVIDIA-SMI has failed because it could not communicate with the driver 535."; exit 9'
+finds 'a broken driver: its message is no architecture' 'sm_75.*sm_90a' 'failed'
+stub nvidia-smi 'echo "[N/A]"'
+finds 'a GPU that does not say: the common set' 'sm_75.*sm_90a' 'N/A.*gencode'
+stub nvcc 'case $1 in --list-gpu-arch) for i in 75 80 86; do echo compute_$i; done;; esac'
+finds 'an old nvcc: nothing that it does not know' 'sm_86' 'sm_90'
+stub cc 'case "$*" in *-fopenmp\ *) exit 1;; *-lomp*) exit 1;; esac; exec gcc "$@"'
+finds 'a compiler without OpenMP: one thread' 'OpenMP     none' 'flags.*-fopenmp '
+echo "$passed passed, $failed failed, 0 skipped"
+[ "$failed" = 0 ]
