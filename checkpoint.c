@@ -82,6 +82,12 @@ static void sync_folder(const char *path) {
     free(folder);
 }
 
+// reason: an errno; 0 when stdio has seen an error earlier and kept no reason.
+static int write_failed(const Output *out, int reason, Error *e) {
+    return fail(e, "cannot write %.200s: %s; what was there is untouched", out->path,
+                reason ? strerror(reason) : "the disk is full or failing");
+}
+
 int output_commit(Output *out, Error *e) {
     errno = 0;
     bool ok = !ferror(out->file) && fflush(out->file) == 0 && fsync(fileno(out->file)) == 0;
@@ -95,12 +101,12 @@ int output_commit(Output *out, Error *e) {
         ok = false;
     }
     if (ok) {
-        free(out->temporary);  // it is no more: nothing to remove
+        char *gone = out->temporary;  // NULL before it is freed: a signal handler may look
         out->temporary = NULL;
+        free(gone);
         sync_folder(out->path);
     } else {
-        fail(e, "cannot write %.200s: %s; what was there is untouched", out->path,
-             reason ? strerror(reason) : "the disk is full or failing");
+        write_failed(out, reason, e);
     }
     output_abandon(out);
     return ok ? 0 : -1;
@@ -299,7 +305,7 @@ static Text make_header(const Model *m, const Role *roles, int n_roles, const Pa
 }
 
 // The values of one tensor in the file's order, float32, little-endian on any machine.
-static int write_values(FILE *f, const Item *item, uint64_t *hash, Error *e) {
+static int write_values(Output *out, const Item *item, uint64_t *hash, Error *e) {
     uint8_t bytes[4 * CHUNK];
     const Tensor *t = item->tensor;
     for (size_t i0 = 0; i0 < t->size; i0 += CHUNK) {
@@ -313,23 +319,25 @@ static int write_values(FILE *f, const Item *item, uint64_t *hash, Error *e) {
             for (int b = 0; b < 4; b++) bytes[4 * i + (size_t)b] = (uint8_t)(bits >> (8 * b));
         }
         *hash = checksum_add(*hash, bytes, 4 * n);
-        if (fwrite(bytes, 4, n, f) != n) return 0;  // output_commit sees and explains it
+        if (fwrite(bytes, 4, n, out->file) != n) return write_failed(out, errno, e);
     }
     return 0;
 }
 
 // Length, header, data, and then the checksum of header and data into its place.
-static int write_file(FILE *f, const Text *header, size_t checksum_at, const Item *items,
+static int write_file(Output *out, const Text *header, size_t checksum_at, const Item *items,
                       size_t n_items, Error *e) {
+    FILE *f = out->file;
     uint8_t length[8];
     for (int b = 0; b < 8; b++) length[b] = (uint8_t)((uint64_t)header->n >> (8 * b));
     fwrite(length, 1, sizeof length, f);
     fwrite(header->s, 1, header->n, f);
     uint64_t hash = checksum_add(CHECKSUM_START, header->s, header->n);
     for (size_t i = 0; i < n_items; i++)
-        if (write_values(f, &items[i], &hash, e)) return -1;
-    if (!ferror(f) && fseeko(f, (off_t)(sizeof length + checksum_at), SEEK_SET) == 0)
-        fprintf(f, "%0*llx", CHECKSUM_DIGITS, (unsigned long long)hash);
+        if (write_values(out, &items[i], &hash, e)) return -1;
+    if (fseeko(f, (off_t)(sizeof length + checksum_at), SEEK_SET))  // writes what is buffered
+        return write_failed(out, errno, e);
+    fprintf(f, "%0*llx", CHECKSUM_DIGITS, (unsigned long long)hash);
     return 0;
 }
 
@@ -349,7 +357,7 @@ int checkpoint_save(const char *path, const Model *m, const Role *roles, int n_r
     Output out = {0};
     int status = header.failed ? fail(e, "out of memory while saving %.200s", path)
                                : output_open(&out, path, true, e);
-    if (status == 0) status = write_file(out.file, &header, checksum_at, items, n_items, e);
+    if (status == 0) status = write_file(&out, &header, checksum_at, items, n_items, e);
     if (status == 0)
         status = output_commit(&out, e);
     else
@@ -374,7 +382,9 @@ static int bad(const Checkpoint *ck, Error *e, const char *format, ...) {
     return fail(e, "%.200s: %.300s", ck->name, text);
 }
 
-// The header while it is read. All functions below return -1 with the error filled in.
+// The header while it is read: only what a safetensors header can hold, level by level. Nothing
+// recurses, so nothing nests deeper than the format does, and a loop's every turn eats a byte. All
+// functions below return -1 with the error filled in.
 typedef struct {
     Checkpoint *ck;
     char *p, *end;
@@ -512,6 +522,7 @@ static int parse_metadata(Json *j) {
 
 // {"dtype": ..., "shape": ..., "data_offsets": ...}, each once, in any order.
 static int parse_tensor(Json *j, Entry *entry) {
+    // Three fields, none unknown, none twice: then each is there once.
     static const char *const fields[] = {"dtype", "shape", "data_offsets"};
     bool seen[3] = {false};
     uint64_t offsets[2];
@@ -600,6 +611,7 @@ static int by_begin(const void *a, const void *b) {
 }
 
 // Every byte of the data belongs to exactly one tensor; every name is there once.
+// (Sorted by place each must start where the one before ends; then by name, for good.)
 static int check_cover(Checkpoint *ck, Error *e) {
     uint64_t at = 0, there = ck->size - ck->data;
     qsort(ck->entries, ck->n_entries, sizeof *ck->entries, by_begin);
@@ -746,7 +758,9 @@ static int verify_checksum(const Checkpoint *ck, Error *e) {
                found, said);
 }
 
-// Everything from the length on; file or bytes, size and name are set.
+// Everything from the length on; file or bytes, size and name are set. The order lets each check
+// rely on those before it: the length, the grammar with every span inside the file, program and
+// configuration, no gap, overlap or name twice, the tensors of that configuration, the checksum.
 static int read_header(Checkpoint *ck, Error *e) {
     uint8_t length[8];
     uint64_t n = 0;

@@ -4,6 +4,7 @@
 cd "$(dirname "$0")" || exit 1
 [ $# -gt 0 ] || set -- "data/language --test" ./test_gradcheck ./test_causality ./test_model \
     ./test_sample ./test_kernels ./test_train.sh ./test_build.sh
+ulimit -f 2000000 # a program that never stops writing shall fail, not fill the disk
 log=$(mktemp) || exit 1
 trap 'rm -f "$log"' EXIT
 passed=0 failed=0 skipped=0

@@ -616,7 +616,8 @@ static void decompress(const char *model, const char *in, const char *out) {
         progress("decompressed", i);
     }
     progress_end();
-    bool whole = byte >= 0 && !c.cut_off && c.left == 0;
+    // The encoder ended by writing `low`: anything else there is damage, too.
+    bool whole = byte >= 0 && !c.cut_off && c.left == 0 && c.code == c.low;
     if (!whole || fold(content) != get_number(bytes + 24, 4))
         stop((fail(&e, "%.200s is damaged: %s", in,
                    c.cut_off ? "it is cut off" : whole ? "the checksum of the content is wrong"

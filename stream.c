@@ -274,7 +274,7 @@ void stream_push(Stream *s, const int *ids, real *latents, real *logits) {
     s->position++;
 }
 
-// ---- The next byte -------------------------------------------------------------------------------
+// ---- The next byte ------------------------------------------------------------------------------
 
 // One of 256 places, its probability (times a constant) in p.
 typedef struct {
