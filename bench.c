@@ -245,7 +245,8 @@ static void layers_table(void) {
     Model m;
     Error e;
     bool cpu = backend == &cpu_backend;
-    int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32, T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
+    int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32;
+    int T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
     if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
     timed_model = &m;
     model_train_step(&m);
@@ -262,7 +263,8 @@ static void layers_table(void) {
     for (int i = 0; i < N_TIMED; i++) {
         char c[4][32];
         double s = timed[i].seconds / steps, f = timed[i].flops / steps;
-        row(5, (const char *[]){timed_names[i], number(c[0], "%.0f", (double)timed[i].calls / steps),
+        row(5, (const char *[]){timed_names[i],
+                                number(c[0], "%.0f", (double)timed[i].calls / steps),
                                 number(c[1], "%.3f", s * 1e3),
                                 number(c[2], "%.1f%%", 100 * timed[i].seconds / total),
                                 f > 0 ? number(c[3], "%.1f", f / s / 1e9) : "-"});
@@ -276,15 +278,16 @@ static const float *read_buffer;
 static size_t read_count;
 static volatile float read_sink;
 
-// Sums the buffer in 128 chains per thread: nothing but loads.
+// Sums the buffer, 128 sums side by side in each thread: nothing but loads.
 static void read_once(void *unused) {
+    enum { PIECE = 1 << 15 };  // 128 KB: its last additions do not count
     (void)unused;
     float total = 0;
 #pragma omp parallel for schedule(static) reduction(+ : total)
-    for (size_t block = 0; block < read_count / 4096; block++) {
-        const float *p = read_buffer + block * 4096;
+    for (size_t piece = 0; piece < read_count / PIECE; piece++) {
+        const float *p = read_buffer + piece * PIECE;
         float sum[128] = {0};
-        for (int i = 0; i < 4096; i += 128)
+        for (int i = 0; i < PIECE; i += 128)
             for (int j = 0; j < 128; j++) sum[j] += p[i + j];
         for (int j = 0; j < 128; j++) total += sum[j];
     }
@@ -339,7 +342,8 @@ static void stream_row(Model *m, const real *params, int streams, int threads) {
     snprintf(c[0], 32, "%d stream%s, %d thread%s", streams, streams > 1 ? "s" : "", threads,
              threads > 1 ? "s" : "");
     row(6, (const char *[]){c[0], number(c[1], "%.0f", streams / s),
-                            number(c[2], "%.1f", weights / s / 1e9), number(c[3], "%.1f", rate / 1e9),
+                            number(c[2], "%.1f", weights / s / 1e9),
+                            number(c[3], "%.1f", rate / 1e9),
                             number(c[4], "%.0f%%", 100 * weights / s / rate),
                             number(c[5], "%.1f", weights / 1e6)});
 }
@@ -353,7 +357,8 @@ static void stream_table(void) {
         die(&cli, &e);
     read_buffer = m.params;
     read_count = m.n_params - (size_t)V * (size_t)config.channels;
-    row(6, (const char *[]){"streams", "bytes/s", "weights GB/s", "read GB/s", "share", "MB a byte"});
+    row(6, (const char *[]){"streams", "bytes/s", "weights GB/s", "read GB/s", "share",
+                            "MB a byte"});
     int threads = most_threads();
     stream_row(&m, m.params, 1, 1);
     if (threads > 1) stream_row(&m, m.params, 1, threads);
@@ -426,7 +431,8 @@ static void ladder_table(void) {
     int n;
     const Kernel *kernels = gpu_kernels(&n);
     ConvShape s = {opt.batch ? (int)opt.batch : 32, opt.seq ? (int)opt.seq : 1024, 256, 256, 3, 4};
-    double copy = gpu_copy_rate(), fma = gpu_fma_rate(), gemm = gpu_cublas_rate(s.B * s.T, 256, 768);
+    double copy = gpu_copy_rate(), fma = gpu_fma_rate();
+    double gemm = gpu_cublas_rate(s.B * s.T, 256, 768);
     char what[160], c[6][32];
     snprintf(what, sizeof what, "every kernel at %dx%d, C = O = 256, K = 3, dil = 4", s.B, s.T);
     title("ladder", what);

@@ -14,7 +14,7 @@
 #include "data/language.h"
 #include "stream.h"
 
-// ---- Options: the one table that parses, explains, is saved with a run and compared on resuming --
+// ---- Options: the one table that parses, explains, is saved with a run and compared on resuming
 
 typedef struct {
     int preset;
@@ -108,12 +108,6 @@ typedef struct {
     uint64_t hash;  // of all bytes and where they are split: what a resumed run must find again
 } Data;
 
-// FNV-1a, 64 bits: tells texts apart, defends against nothing.
-static uint64_t hash_bytes(uint64_t h, const void *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++) h = (h ^ ((const uint8_t *)bytes)[i]) * 0x100000001B3u;
-    return h;
-}
-
 enum { BUILT_IN_BYTES = 1 << 20, BUILT_IN_SEED = 1 };
 
 static int load_text(Text *t, const char *name, double held_out, Error *e) {
@@ -135,7 +129,7 @@ static int load_text(Text *t, const char *name, double held_out, Error *e) {
 // Reads all files (none: the built-in corpus), splits them and joins the training parts.
 static int load_data(Data *d, const Cli *cli, Error *e) {
     int n_files = cli->n_files ? cli->n_files : 1;
-    *d = (Data){.n = n_files + (opt.val != NULL), .hash = 0xCBF29CE484222325u};
+    *d = (Data){.n = n_files + (opt.val != NULL), .hash = CHECKSUM_START};
     d->texts = calloc((size_t)d->n, sizeof *d->texts);
     d->lengths = calloc((size_t)d->n, sizeof *d->lengths);
     if (!d->texts || !d->lengths) return fail(e, "out of memory");
@@ -154,7 +148,7 @@ static int load_data(Data *d, const Cli *cli, Error *e) {
         at += t->n_train;
         d->n_held_out += t->n - t->n_train;
         uint64_t sizes[2] = {t->n, t->n_train};
-        d->hash = hash_bytes(hash_bytes(d->hash, sizes, sizeof sizes), t->bytes, t->n);
+        d->hash = checksum_add(checksum_add(d->hash, sizes, sizeof sizes), t->bytes, t->n);
         if (i < n_files && t->n_train <= (size_t)opt.seq)
             return fail(e, "%s has %zu bytes for training, less than one window of --seq %lld + 1: "
                            "use a smaller --seq or more text",
@@ -226,7 +220,7 @@ static const char *find_culprit(Run *r) {
 static void stop_not_finite(Run *r, const StepFigures *f) {
     Error e;
     fail(&e, "step %lld: %s is not finite (loss %g, gradient norm %g). That step changed nothing; "
-             "the last good checkpoint stays in %s. Try a lower --lr, a longer --warmup or --clip 1",
+             "the last good checkpoint stays in %s. Try a lower --lr, more --warmup or --clip 1",
          (long long)r->step + 1, find_culprit(r), (double)f->loss, (double)f->grad_norm, opt.out);
     end_line(r);
     die(&r->cli, &e);
@@ -270,7 +264,7 @@ static double held_out_loss(Run *r) {
     return sum / (double)d->n_held_out;
 }
 
-// ---- The folder: model.safetensors, state.safetensors, log.tsv -------------------------------------
+// ---- The folder: model.safetensors, state.safetensors, log.tsv ---------------------------------
 
 static const char *path_in_out(char *buffer, size_t size, const char *name) {
     snprintf(buffer, size, "%s/%s", opt.out, name);
@@ -315,8 +309,11 @@ static void save_state(Run *r) {
     pairs[n_pairs++] = (Pair){"best", numbers[1]};
     pairs[n_pairs++] = (Pair){"best_step", numbers[2]};
     pairs[n_pairs++] = (Pair){"text", numbers[3]};
-    for (int i = 0, used = 0; i < r->cli.n_files; i++)
-        used += snprintf(files + used, sizeof files - (size_t)used, "%s\n", r->cli.files[i]);
+    files[0] = 0;
+    for (int i = 0; i < r->cli.n_files; i++) {
+        size_t used = strlen(files);
+        snprintf(files + used, sizeof files - used, "%s\n", r->cli.files[i]);
+    }
     pairs[n_pairs++] = (Pair){"files", files};
     for (int i = 0; i < N_OPTIONS; i++)
         if (table[i].saved)
@@ -526,8 +523,8 @@ static void apply_preset(const Cli *cli) {
 }
 
 static Config config_of_options(void) {
-    Config c = {.channels = (int)opt.channels, .latent = (int)(opt.latent ? opt.latent : opt.channels),
-                .taps = (int)opt.taps, .blocks = (int)opt.blocks, .n_dilations = opt.dilations.n,
+    Config c = {.channels = (int)opt.channels,
+                .latent = (int)(opt.latent ? opt.latent : opt.channels), .taps = (int)opt.taps, .blocks = (int)opt.blocks, .n_dilations = opt.dilations.n,
                 .form = (BlockForm)opt.form, .tie = opt.tie, .softcap = (float)opt.softcap};
     memcpy(c.dilations, opt.dilations.v, sizeof c.dilations);
     return c;
@@ -659,7 +656,7 @@ int main(int argc, char **argv) {
     Error e;
     r->cli = (Cli){"train", "usage: ./train [options] [FILE...]      FILE - is standard input",
                    "Trains a byte-level causal-convolution language model on the FILEs, or on a\n"
-                   "built-in corpus, and writes DIR/model.safetensors (the best on held-out text),\n"
+                   "built-in corpus. Writes DIR/model.safetensors (the best on held-out text),\n"
                    "DIR/state.safetensors (to go on with --resume DIR) and DIR/log.tsv.",
                    table, N_OPTIONS, NULL, 0};
     parse_options(&r->cli, argc, argv);
@@ -683,8 +680,11 @@ int main(int argc, char **argv) {
                 (long long)r->step, opt.out);
         return 0;
     }
-    fprintf(stderr, "%.1f s; best held-out loss %.4f nats/byte at step %lld: %s/model.safetensors\n",
-            now() - r->started, r->best, (long long)r->best_step, opt.out);
+    fprintf(stderr, "%.1f s; ", now() - r->started);
+    if (r->data.n_held_out > 0)
+        fprintf(stderr, "best held-out loss %.4f nats/byte at step %lld: ", r->best,
+                (long long)r->best_step);
+    fprintf(stderr, "%s/model.safetensors\n", opt.out);
     print_sample(r);
     return 0;
 }
