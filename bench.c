@@ -360,9 +360,10 @@ static void stream_table(void) {
     row(6, (const char *[]){"streams", "bytes/s", "weights GB/s", "read GB/s", "share",
                             "MB a byte"});
     int threads = most_threads();
-    stream_row(&m, m.params, 1, 1);
-    if (threads > 1) stream_row(&m, m.params, 1, threads);
-    stream_row(&m, m.params, 8, threads);
+    for (int n = 1; n <= threads; n += n == threads ? 1 : threads - 1) {
+        stream_row(&m, m.params, 1, n);
+        stream_row(&m, m.params, 8, n);
+    }
     set_threads(threads);
     model_free(&m);
 }

@@ -30,39 +30,43 @@
 #include "kernels.h"
 
 // What becomes of a finished sum, handed to every rung: fused here, the activations need no pass
-// over memory of their own.
-typedef struct {
-    float *out;        // forward: out or NULL          backward: dx
-    float *pre;        // forward: written              backward: read, may be NULL
-    float *a;          // backward: the activation made again, or NULL
-    const float *b;    // forward: bias or NULL
-    const float *res;  // forward: residual or NULL
+// over memory of their own. T: what activations are stored as, float or bf16.
+template <typename T>
+struct Finish {
+    T *out;          // forward: out or NULL          backward: dx
+    T *pre;          // forward: written              backward: read, may be NULL
+    T *a;            // backward: the activation made again, or NULL
+    const float *b;  // forward: bias or NULL
+    const T *res;    // forward: residual or NULL
     Dropout drop;
     int width;        // of a row of all of these
     bool accumulate;  // backward without pre: dx += sum
-} Finish;
+};
 
-// Row n, channel o:  pre = b + sum;  out = res + dropout(gelu(pre))
-static __device__ void finish_forward(const Finish &f, float sum, size_t n, int o) {
+// Row n, channel o:  pre = b + sum;  out = res + dropout(gelu(pre)), of pre as it is stored: what
+// backward will read.
+template <typename T>
+static __device__ void finish_forward(const Finish<T> &f, float sum, size_t n, int o) {
     size_t i = n * f.width + o;
-    float p = sum + (f.b ? f.b[o] : 0);
-    f.pre[i] = p;
+    T stored = (T)(sum + (f.b ? f.b[o] : 0));
+    f.pre[i] = stored;
     if (!f.out) return;
-    float a = gelu(p) * dropout_factor(f.drop, f.drop.first * f.width + i);
-    f.out[i] = f.res ? f.res[i] + a : a;
+    float a = gelu(stored) * dropout_factor(f.drop, f.drop.first * f.width + i);
+    f.out[i] = (T)(f.res ? (float)f.res[i] + a : a);
 }
 
 // forward:  a = dropout(gelu(pre))     dx = sum * dropout * gelu'(pre), and a once more
-static __device__ void finish_backward(const Finish &f, float sum, size_t n, int c) {
+template <typename T>
+static __device__ void finish_backward(const Finish<T> &f, float sum, size_t n, int c) {
     size_t i = n * f.width + c;
     if (!f.pre) {
-        f.out[i] = f.accumulate ? f.out[i] + sum : sum;
+        f.out[i] = (T)(f.accumulate ? (float)f.out[i] + sum : sum);
         return;
     }
     float factor = dropout_factor(f.drop, f.drop.first * f.width + i), a, slope;
     gelu_and_grad(f.pre[i], &a, &slope);
-    if (f.a) f.a[i] = factor * a;
-    f.out[i] = sum * factor * slope;
+    if (f.a) f.a[i] = (T)(factor * a);
+    f.out[i] = (T)(sum * factor * slope);
 }
 
 // ---- Rung 1: naive
@@ -73,7 +77,7 @@ static __device__ void finish_backward(const Finish &f, float sum, size_t n, int
 // 2*4*N*K*C*O = 52 GB through the caches for 0.1 GB of data, so the load units are the bound.
 // Measured: 3.87 ms, 5 % of the multiply-adders' rate.
 
-__global__ void forward_naive(const float *x, const float *w, Finish f, ConvShape s) {
+__global__ void forward_naive(const float *x, const float *w, Finish<float> f, ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)s.B * s.T * s.O) return;
     int n = (int)(i / s.O), o = (int)(i % s.O), t = n % s.T;
@@ -88,7 +92,8 @@ __global__ void forward_naive(const float *x, const float *w, Finish f, ConvShap
 
 // forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c]. Neighbouring threads have neighbouring c, so a
 // warp's weights lie O values apart: 32 lines for 32 values, and 25.7 ms.
-__global__ void backward_input_naive(const float *dy, const float *w, Finish f, ConvShape s) {
+__global__ void backward_input_naive(const float *dy, const float *w, Finish<float> f,
+                                     ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)s.B * s.T * s.C) return;
     int n = (int)(i / s.C), c = (int)(i % s.C), t = n % s.T;
@@ -120,14 +125,16 @@ __global__ void backward_weight_naive(float *dw, float *db, const float *x, cons
     dw[i] += sum;
 }
 
-static Finish forward_finish(act *out, act *pre, const real *b, const act *res, Dropout drop,
-                             ConvShape s) {
-    Finish f = {(float *)out, (float *)pre, NULL, b, (const float *)res, drop, s.O, false};
+template <typename T = float>
+static Finish<T> forward_finish(act *out, act *pre, const real *b, const act *res, Dropout drop,
+                                ConvShape s) {
+    Finish<T> f = {(T *)out, (T *)pre, NULL, b, (const T *)res, drop, s.O, false};
     return f;
 }
-static Finish backward_finish(act *dx, act *a, const act *pre, Dropout drop, ConvShape s,
-                              bool accumulate) {
-    Finish f = {(float *)dx, (float *)pre, (float *)a, NULL, NULL, drop, s.C, accumulate};
+template <typename T = float>
+static Finish<T> backward_finish(act *dx, act *a, const act *pre, Dropout drop, ConvShape s,
+                                 bool accumulate) {
+    Finish<T> f = {(T *)dx, (T *)pre, (T *)a, NULL, NULL, drop, s.C, accumulate};
     return f;
 }
 
@@ -179,7 +186,7 @@ enum { TILE = 32 };
 // AHEAD false: in = x, looks back, w_tile[c][o]. AHEAD true: in = dy, looks ahead, and the weight
 // tile is turned on its way in, w_tile[o][c]; the odd pitch spreads its columns over all banks.
 template <bool AHEAD>
-__global__ void conv_tile(const float *in, const float *w, Finish f, ConvShape s) {
+__global__ void conv_tile(const float *in, const float *w, Finish<float> f, ConvShape s) {
     __shared__ float in_tile[TILE][TILE], w_tile[TILE][TILE + 1];
     int in_width = AHEAD ? s.O : s.C, out_width = AHEAD ? s.C : s.O;
     int time_tiles = (s.T + TILE - 1) / TILE, b = blockIdx.x / time_tiles;
@@ -285,6 +292,10 @@ static void conv_backward_weight_tile(real *dw, real *db, const act *x, const ac
 // 80 instructions a value, dropout included. Tried and dropped: turning the sums in shared memory
 // before the finish (forward, dropout on, 0.348 -> 0.414 ms); DEPTH 16 for the large tile (it
 // spills; weights 0.315 -> 0.369 ms).
+//
+// T is what x, dy and the weights are stored as. With bf16 the tiles in shared memory and the sums
+// stay float32 and half as many bytes move. Not faster (0.373, 0.389 and, to the weights, 0.369
+// ms), but right for any shape on any GPU: what the tensor backend runs where nothing better does.
 
 // Geometry of a tile of SIZE x SIZE outputs. A step covers DEPTH channels (or rows, for the weight
 // gradient), and each thread brings LOADS float4 of either operand.
@@ -352,9 +363,15 @@ static __device__ void put_turned(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>:
     tile[d + 3][j] = v.w;
 }
 
-// Four neighbours of a row at once, where rows are whole float4s.
-template <bool VEC>
-static __device__ void finish_forward4(const Finish &f, float4 sum, size_t n, int o) {
+// As the activations would hold these values.
+static __device__ float4 stored(float4 v, float) { return v; }
+static __device__ float4 stored(float4 v, bf16) {
+    return make_float4((bf16)v.x, (bf16)v.y, (bf16)v.z, (bf16)v.w);
+}
+
+// Four neighbours of a row at once, where rows are whole groups of four.
+template <bool VEC, typename T>
+static __device__ void finish_forward4(const Finish<T> &f, float4 sum, size_t n, int o) {
     if (!VEC) {
         float v[4] = {sum.x, sum.y, sum.z, sum.w};
         for (int j = 0; j < 4; j++)
@@ -363,17 +380,17 @@ static __device__ void finish_forward4(const Finish &f, float4 sum, size_t n, in
     }
     if (o >= f.width) return;
     size_t i = n * f.width + o;
-    float4 b = f.b ? *(const float4 *)(f.b + o) : make_float4(0, 0, 0, 0);
-    float4 p = make_float4(sum.x + b.x, sum.y + b.y, sum.z + b.z, sum.w + b.w);
-    *(float4 *)(f.pre + i) = p;
+    float4 b = f.b ? four(f.b + o) : make_float4(0, 0, 0, 0);
+    float4 p = stored(make_float4(sum.x + b.x, sum.y + b.y, sum.z + b.z, sum.w + b.w), T());
+    put_four(f.pre + i, p);
     if (!f.out) return;
     float4 d = dropout_factor4(f.drop, f.drop.first * f.width + i);
-    float4 r = f.res ? *(const float4 *)(f.res + i) : make_float4(0, 0, 0, 0);
-    *(float4 *)(f.out + i) = make_float4(r.x + gelu(p.x) * d.x, r.y + gelu(p.y) * d.y,
-                                         r.z + gelu(p.z) * d.z, r.w + gelu(p.w) * d.w);
+    float4 r = f.res ? four(f.res + i) : make_float4(0, 0, 0, 0);
+    put_four(f.out + i, make_float4(r.x + gelu(p.x) * d.x, r.y + gelu(p.y) * d.y,
+                                    r.z + gelu(p.z) * d.z, r.w + gelu(p.w) * d.w));
 }
-template <bool VEC>
-static __device__ void finish_backward4(const Finish &f, float4 sum, size_t n, int c) {
+template <bool VEC, typename T>
+static __device__ void finish_backward4(const Finish<T> &f, float4 sum, size_t n, int c) {
     if (!VEC) {
         float v[4] = {sum.x, sum.y, sum.z, sum.w};
         for (int j = 0; j < 4; j++)
@@ -383,27 +400,25 @@ static __device__ void finish_backward4(const Finish &f, float4 sum, size_t n, i
     if (c >= f.width) return;
     size_t i = n * f.width + c;
     if (!f.pre) {
-        float4 old = f.accumulate ? *(const float4 *)(f.out + i) : make_float4(0, 0, 0, 0);
-        *(float4 *)(f.out + i) =
-            make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+        float4 old = f.accumulate ? four(f.out + i) : make_float4(0, 0, 0, 0);
+        put_four(f.out + i,
+                 make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w));
         return;
     }
-    float4 p = *(const float4 *)(f.pre + i);
-    float4 d = dropout_factor4(f.drop, f.drop.first * f.width + i);
-    float4 a, slope;
+    float4 p = four(f.pre + i), d = dropout_factor4(f.drop, f.drop.first * f.width + i), a, slope;
     gelu_and_grad(p.x, &a.x, &slope.x);
     gelu_and_grad(p.y, &a.y, &slope.y);
     gelu_and_grad(p.z, &a.z, &slope.z);
     gelu_and_grad(p.w, &a.w, &slope.w);
-    if (f.a) *(float4 *)(f.a + i) = make_float4(d.x * a.x, d.y * a.y, d.z * a.z, d.w * a.w);
-    *(float4 *)(f.out + i) = make_float4(sum.x * d.x * slope.x, sum.y * d.y * slope.y,
-                                         sum.z * d.z * slope.z, sum.w * d.w * slope.w);
+    if (f.a) put_four(f.a + i, make_float4(d.x * a.x, d.y * a.y, d.z * a.z, d.w * a.w));
+    put_four(f.out + i, make_float4(sum.x * d.x * slope.x, sum.y * d.y * slope.y,
+                                    sum.z * d.z * slope.z, sum.w * d.w * slope.w));
 }
 
 // One step's share of the operands: tap k, input channels i0..i0+DEPTH-1, rows n0.., outputs j0..
 // A source row outside the text is never addressed: its values are zeros.
-template <int SIZE, bool AHEAD, bool VEC>
-static __device__ void fetch_step(float4 *a, float4 *b, const float *in, const float *w,
+template <int SIZE, bool AHEAD, bool VEC, typename T>
+static __device__ void fetch_step(float4 *a, float4 *b, const T *in, const T *w,
                                   const ConvShape &s, int n0, int j0, int k, int i0) {
     typedef Block<SIZE> G;
     int in_width = AHEAD ? s.O : s.C;
@@ -428,9 +443,9 @@ static __device__ void fetch_step(float4 *a, float4 *b, const float *in, const f
     }
 }
 
-template <int SIZE, bool AHEAD, bool VEC>
+template <int SIZE, bool AHEAD, bool VEC, typename T>
 __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
-    conv_block(const float *in, const float *w, Finish f, ConvShape s, int across) {
+    conv_block(const T *in, const T *w, Finish<T> f, ConvShape s, int across) {
     typedef Block<SIZE> G;
     __shared__ __align__(16) Block<SIZE> tile;
     // Blocks that share rows of `in` are neighbours, so that the second finds them in the L2 cache.
@@ -479,8 +494,8 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
 // every device.
 enum { BUSY = 132 };
 
-template <int SIZE, bool AHEAD>
-static void launch_block(const float *in, const float *w, const Finish &f, ConvShape s, bool vec) {
+template <int SIZE, bool AHEAD, typename T>
+static void launch_block(const T *in, const T *w, const Finish<T> &f, ConvShape s, bool vec) {
     int across = (int)ceil_div(f.width, SIZE);
     unsigned blocks = (unsigned)(ceil_div((size_t)s.B * s.T, SIZE) * across);
     if (vec)
@@ -492,8 +507,8 @@ static void launch_block(const float *in, const float *w, const Finish &f, ConvS
     LAUNCHED(AHEAD ? "conv_backward_input_block" : "conv_forward_block");
 }
 
-template <bool AHEAD>
-static void pick_block(const float *in, const float *w, const Finish &f, ConvShape s) {
+template <bool AHEAD, typename T>
+static void pick_block(const T *in, const T *w, const Finish<T> &f, ConvShape s) {
     size_t N = (size_t)s.B * s.T;
     bool vec = s.C % 4 == 0 && s.O % 4 == 0 && aligned16(in) && aligned16(w) && aligned16(f.out) &&
                aligned16(f.pre) && aligned16(f.a) && aligned16(f.b) && aligned16(f.res);
@@ -503,18 +518,25 @@ static void pick_block(const float *in, const float *w, const Finish &f, ConvSha
         launch_block<32, AHEAD>(in, w, f, s, vec);
 }
 
-static void conv_forward_block(act *out, act *pre, const act *x, const real *w, const real *b,
-                               const act *res, Dropout drop, ConvShape s, void *work) {
-    (void)work;
-    pick_block<false>((const float *)x, w, forward_finish(out, pre, b, res, drop, s), s);
+// The weights as the activations are stored.
+static const float *weights_for(float, const real *w, ConvShape, void *) { return w; }
+static const bf16 *weights_for(bf16, const real *w, ConvShape s, void *work) {
+    return bf16_weights(w, (size_t)s.K * s.C * s.O, work);
 }
 
+template <typename T>
+static void conv_forward_block(act *out, act *pre, const act *x, const real *w, const real *b,
+                               const act *res, Dropout drop, ConvShape s, void *work) {
+    pick_block<false>((const T *)x, weights_for(T(), w, s, work),
+                      forward_finish<T>(out, pre, b, res, drop, s), s);
+}
+
+template <typename T>
 static void conv_backward_input_block(act *dx, act *a, const act *dy, const real *w,
                                       const act *pre, Dropout drop, ConvShape s, bool accumulate,
                                       void *work) {
-    (void)work;
-    pick_block<true>((const float *)dy, w,
-                     backward_finish(dx, a, (act *)pre, drop, s, accumulate), s);
+    pick_block<true>((const T *)dy, weights_for(T(), w, s, work),
+                     backward_finish<T>(dx, a, (act *)pre, drop, s, accumulate), s);
 }
 
 // The weight gradient on the same tiles. Both operands lie with time as their rows, so both go
@@ -554,8 +576,8 @@ size_t conv_work_bytes(size_t N, int K, int width) {
 }
 
 // Rows n0..n0+DEPTH-1 of x, moved `back` rows back, and of dy.
-template <int SIZE, bool VEC>
-static __device__ void fetch_rows(float4 *a, float4 *b, const float *x, const float *dy,
+template <int SIZE, bool VEC, typename T>
+static __device__ void fetch_rows(float4 *a, float4 *b, const T *x, const T *dy,
                                   const ConvShape &s, int n0, int n_end, int c0, int o0, int back) {
     typedef Block<SIZE> G;
 #pragma unroll
@@ -585,9 +607,9 @@ static __device__ void finish_bias(float *db, bool add, float4 mine, float *shar
 }
 
 // part (slabs, K*C*O + O) takes every slab's sums; with one slab dw and db are added to directly.
-template <int SIZE, bool VEC>
+template <int SIZE, bool VEC, typename T>
 __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
-    weight_block(float *dw, float *db, float *part, const float *x, const float *dy, ConvShape s,
+    weight_block(float *dw, float *db, float *part, const T *x, const T *dy, ConvShape s,
                  WeightPlan p) {
     typedef Block<SIZE> G;
     __shared__ __align__(16) Block<SIZE> tile;
@@ -647,9 +669,9 @@ __global__ void add_slabs(float *dw, float *db, const float *part, size_t weight
         db[i - weights] += sum;
 }
 
-template <int SIZE>
-static void launch_weight(float *dw, float *db, float *part, const float *x, const float *dy,
-                          ConvShape s, WeightPlan p) {
+template <int SIZE, typename T>
+static void launch_weight(float *dw, float *db, float *part, const T *x, const T *dy, ConvShape s,
+                          WeightPlan p) {
     unsigned blocks = (unsigned)(ceil_div(s.O, SIZE) * ceil_div(s.C, SIZE) * s.K * p.slabs);
     if (s.C % 4 == 0 && s.O % 4 == 0 && aligned16(x) && aligned16(dy) && aligned16(dw))
         weight_block<SIZE, true>
@@ -660,17 +682,17 @@ static void launch_weight(float *dw, float *db, float *part, const float *x, con
     LAUNCHED("conv_backward_weight_block");
 }
 
+template <typename T>
 static void conv_backward_weight_block(real *dw, real *db, const act *x, const act *dy,
                                        ConvShape s, void *work) {
     WeightPlan p = weight_plan(s);
-    const float *x_f = (const float *)x, *dy_f = (const float *)dy;
     float *part = (float *)work;
     if (p.size == 128)
-        launch_weight<128>(dw, db, part, x_f, dy_f, s, p);
+        launch_weight<128>(dw, db, part, (const T *)x, (const T *)dy, s, p);
     else if (p.size == 64)
-        launch_weight<64>(dw, db, part, x_f, dy_f, s, p);
+        launch_weight<64>(dw, db, part, (const T *)x, (const T *)dy, s, p);
     else
-        launch_weight<32>(dw, db, part, x_f, dy_f, s, p);
+        launch_weight<32>(dw, db, part, (const T *)x, (const T *)dy, s, p);
     if (p.slabs == 1) return;
     size_t weights = (size_t)s.K * s.C * s.O;
     add_slabs<<<(unsigned)ceil_div(weights + s.O, THREADS), THREADS, 0, gpu_stream>>>(
@@ -683,14 +705,14 @@ static void conv_backward_weight_block(real *dw, real *db, const act *x, const a
 const Kernel conv_kernels[] = {
     KERNEL(float, conv_forward, conv_forward_naive, "naive", "the CPU's loop, a thread per output"),
     KERNEL(float, conv_forward, conv_forward_tile, "", "32x32 tiles in shared memory"),
-    KERNEL(float, conv_forward, conv_forward_block, "tiled", "8x8 outputs in a thread's registers"),
+    KERNEL_PAIR(conv_forward, conv_forward_block, "8x8 outputs in a thread's registers"),
     KERNEL(float, conv_backward_input, conv_backward_input_naive, "naive", "a thread per input"),
     KERNEL(float, conv_backward_input, conv_backward_input_tile, "", "32x32 tiles, looking ahead"),
-    KERNEL(float, conv_backward_input, conv_backward_input_block, "tiled",
-           "8x8 inputs in a thread's registers"),
+    KERNEL_PAIR(conv_backward_input, conv_backward_input_block,
+                "8x8 inputs in a thread's registers"),
     KERNEL(float, conv_backward_weight, conv_backward_weight_naive, "naive", "a thread per weight"),
     KERNEL(float, conv_backward_weight, conv_backward_weight_tile, "", "32x32 tiles of weights"),
-    KERNEL(float, conv_backward_weight, conv_backward_weight_block, "tiled",
-           "8x8 weights in registers, slabs of time"),
+    KERNEL_PAIR(conv_backward_weight, conv_backward_weight_block,
+                "8x8 weights in registers, slabs of time"),
 };
 const int n_conv_kernels = sizeof conv_kernels / sizeof *conv_kernels;

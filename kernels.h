@@ -50,8 +50,10 @@ typedef struct {
 // this build has no code for. Every other function below calls it first; info may be NULL.
 int gpu_open(GpuInfo *info, Error *e);
 
-// "naive" or "tiled"; NULL with the reason.
+// "naive", "tiled" or "tensor"; NULL with the reason.
 const Backend *gpu_backend(const char *name, Error *e);
+// Their names; the last is the one to take where nobody asks: "tensor", or "tiled" on a GPU that
+// has no bf16 tensor cores (gpu_open has been tried).
 const char *const *gpu_backend_names(int *n);
 
 // Bytes that the program holds on the device now. (The driver's own context is not counted.)
@@ -101,6 +103,13 @@ static inline const char *const *gpu_backend_names(int *n) { return *n = 0, NULL
 static inline size_t gpu_allocated_bytes(void) { return 0; }
 static inline const Kernel *gpu_kernels(int *n) { return *n = 0, NULL; }
 static inline int gpu_selftest(const Backend *b, Error *e) { return (void)b, (void)e, 0; }
+static inline double gpu_copy_rate(void) { return 0; }
+static inline double gpu_fma_rate(void) { return 0; }
+static inline double gpu_cublas_rate(int M, int N, int K) { return (void)M, (void)N, (void)K, 0; }
+static inline double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes) {
+    (void)k, (void)s;
+    return *flops = *bytes = -1;
+}
 #endif
 
 #ifdef __cplusplus
@@ -109,6 +118,11 @@ static inline int gpu_selftest(const Backend *b, Error *e) { return (void)b, (vo
 
 // ---- Shared by the .cu files -------------------------------------------------------------------
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+
+// bf16: the upper half of a float32, 8 bits of mantissa. Tensor cores multiply it; activations of
+// the tensor backend are stored in it, which halves their bytes. All other arithmetic is float32.
+typedef __nv_bfloat16 bf16;
 
 // Everything runs on this one stream, in order. Nothing but download, read_acts and error waits.
 extern cudaStream_t gpu_stream;
@@ -118,38 +132,61 @@ void gpu_note(cudaError_t code, const char *what);
 #define CHECK(call) gpu_note(call, #call)
 #define LAUNCHED(name) gpu_note(cudaGetLastError(), name)
 
-#define KERNEL(act_type, op, launcher, used_by, idea)                               \
-    {#op, #launcher, used_by, idea, sizeof(act_type), offsetof(Backend, op),        \
+#define NAMED_KERNEL(act_type, op, name, launcher, used_by, idea)                   \
+    {#op, name, used_by, idea, sizeof(act_type), offsetof(Backend, op),             \
      (void (*)(void))static_cast<decltype(Backend::op)>(launcher)}
+#define KERNEL(act_type, op, launcher, used_by, idea)                               \
+    NAMED_KERNEL(act_type, op, #launcher, launcher, used_by, idea)
+// Two rows of a launcher that is a template on the activations: float32 tiled, bf16 tensor.
+#define KERNEL_PAIR(op, launcher, idea)                                             \
+    NAMED_KERNEL(float, op, #launcher, launcher<float>, "tiled", idea),             \
+    NAMED_KERNEL(bf16, op, #launcher "_bf16", launcher<bf16>, "tensor", idea ", bf16")
 
 // The tables of the other files, and the memory half of a Backend (float32 activations).
 extern const Kernel conv_kernels[];
 extern const int n_conv_kernels;
 extern const Backend gpu_memory;
 size_t conv_work_bytes(size_t N, int K, int width);
+
+// n weights in bf16. Of a model's parameters there is a copy, which sync_params made and optimize
+// keeps; other weights (a kernel test's) are converted into work (n values) first.
+const bf16 *bf16_weights(const real *w, size_t n, void *work);
 static_assert(sizeof(real) == sizeof(float), "the GPU computes in float32");
 
 static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static inline bool aligned16(const void *p) { return (uintptr_t)p % 16 == 0; }  // NULL is aligned
 
-// Four neighbours. VEC: one 16-byte access, for rows whose length and address are multiples of
-// four values. Otherwise one by one, and only the first `left` exist. left <= 0: none, zeros.
-template <bool VEC>
-static inline __device__ float4 load4(const float *p, int left) {
-    if (VEC) return left > 0 ? *(const float4 *)p : make_float4(0, 0, 0, 0);
-    return make_float4(left > 0 ? p[0] : 0, left > 1 ? p[1] : 0, left > 2 ? p[2] : 0,
-                       left > 3 ? p[3] : 0);
+// Four neighbours as one access: 16 bytes of float32, 8 of bf16.
+static inline __device__ float4 four(const float *p) { return *(const float4 *)p; }
+static inline __device__ float4 four(const bf16 *p) {
+    uint2 w = *(const uint2 *)p;  // the value of a bf16 is that of its bits with 16 zeros after
+    return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xFFFF0000u),
+                       __uint_as_float(w.y << 16), __uint_as_float(w.y & 0xFFFF0000u));
 }
-template <bool VEC>
-static inline __device__ void store4(float *p, float4 v, int left) {
+static inline __device__ void put_four(float *p, float4 v) { *(float4 *)p = v; }
+static inline __device__ void put_four(bf16 *p, float4 v) {  // rounded to nearest, ties to even
+    __nv_bfloat162 lo = __floats2bfloat162_rn(v.x, v.y), hi = __floats2bfloat162_rn(v.z, v.w);
+    *(uint2 *)p = make_uint2(*(uint32_t *)&lo, *(uint32_t *)&hi);
+}
+
+// VEC: four at once, for rows whose length and address are multiples of four values. Otherwise one
+// by one, and only the first `left` exist. left <= 0: none, zeros.
+template <bool VEC, typename T>
+static inline __device__ float4 load4(const T *p, int left) {
+    if (VEC) return left > 0 ? four(p) : make_float4(0, 0, 0, 0);
+    return make_float4(left > 0 ? (float)p[0] : 0, left > 1 ? (float)p[1] : 0,
+                       left > 2 ? (float)p[2] : 0, left > 3 ? (float)p[3] : 0);
+}
+template <bool VEC, typename T>
+static inline __device__ void store4(T *p, float4 v, int left) {
     if (VEC) {
-        if (left > 0) *(float4 *)p = v;
+        if (left > 0) put_four(p, v);
         return;
     }
-    if (left > 0) p[0] = v.x;
-    if (left > 1) p[1] = v.y;
-    if (left > 2) p[2] = v.z;
-    if (left > 3) p[3] = v.w;
+    if (left > 0) p[0] = (T)v.x;
+    if (left > 1) p[1] = (T)v.y;
+    if (left > 2) p[2] = (T)v.z;
+    if (left > 3) p[3] = (T)v.w;
 }
 
 // The sum over a warp, the same bits in every lane.

@@ -1,9 +1,10 @@
 // layers.cu: every layer but the convolution on a GPU, naive and tiled next to each other, and the
-// two backends `naive` and `tiled` (float32) that are put together from the kernel table.
+// backends that are put together from the kernel table: `naive` and `tiled` (float32) and `tensor`
+// (bf16 activations). The tiled kernels are templates on the activations and serve the last two.
 //
 // Read first: model.h (the contracts), model.c's second half (the same layers on the CPU), then
 // conv_kernels.cu, where the time goes. Refuses: machines without a usable GPU (gpu_open says why).
-// Run by:  ./train --device cuda --kernels naive|tiled
+// Run by:  ./train --device cuda --kernels naive|tiled|tensor
 //
 // None of these layers computes much: their bound is memory. A naive kernel gives every row to one
 // thread, whose neighbours then read addresses a whole row apart, 32 lines for 32 values. A tiled
@@ -15,6 +16,8 @@
 //   embed          0.20 -> 0.020 ms    backward 2.06 -> 0.058 ms
 //   LayerNorm      0.24 -> 0.031 ms    backward 6.75 -> 0.078 ms    GELU backward 0.044 -> 0.040
 //   cross-entropy  0.22 -> 0.034 ms    AdamW on 8.4 M parameters 0.51 -> 0.14 ms
+// and in bf16, half the bytes: embed 0.015, backward 0.050; LayerNorm 0.018, backward 0.060; GELU
+// backward 0.027; cross-entropy 0.033 ms (with the softcap its bound is arithmetic).
 #include "kernels.h"
 
 #include <stdio.h>
@@ -88,6 +91,7 @@ int gpu_open(GpuInfo *info, Error *e) {
 typedef struct Held {
     void *p;
     size_t bytes;
+    bf16 *copy;  // of parameters, for the tensor backend
     struct Held *next;
 } Held;
 static Held *held;
@@ -109,6 +113,7 @@ static void *gpu_alloc(size_t bytes) {
         return NULL;
     }
     h->bytes = bytes;
+    h->copy = NULL;
     h->next = held;
     held = h;
     held_bytes += bytes;
@@ -122,7 +127,9 @@ static void gpu_free(void *p) {
         CHECK(cudaFree(p));  // waits for queued work
         held_bytes -= h->bytes;
         *at = h->next;
+        bf16 *copy = h->copy;
         free(h);
+        if (copy) gpu_free(copy);
         return;
     }
 }
@@ -143,6 +150,72 @@ static void gpu_write_acts(act *dst, const real *src, size_t n) {
 static void gpu_read_acts(real *dst, const act *src, size_t n) {
     gpu_download(dst, src, n * sizeof *dst);
 }
+
+// ---- What bf16 adds to the memory half ----------------------------------------------------------
+//
+// Tensor cores multiply bf16 by bf16, so activations are stored in it. Parameters stay float32,
+// because a step of a thousandth of a weight is lost in 8 bits, and have a bf16 copy beside them: 2
+// bytes more per parameter, and no conversion on the way into a convolution.
+enum { THREADS = 256, WARPS = THREADS / 32 };
+
+static unsigned blocks_for(size_t n, size_t per_block) { return (unsigned)ceil_div(n, per_block); }
+
+static void bf16_write_acts(act *dst, const real *src, size_t n) {
+    bf16 *host = (bf16 *)malloc(n * sizeof *host);
+    if (!host) {
+        gpu_note(cudaErrorMemoryAllocation, "host memory for activations");
+        return;
+    }
+    for (size_t i = 0; i < n; i++) host[i] = __float2bfloat16_rn(src[i]);
+    gpu_upload(dst, host, n * sizeof *host);
+    free(host);
+}
+static void bf16_read_acts(real *dst, const act *src, size_t n) {
+    bf16 *host = (bf16 *)malloc(n * sizeof *host);
+    if (!host) {
+        gpu_note(cudaErrorMemoryAllocation, "host memory for activations");
+        return;
+    }
+    gpu_download(host, src, n * sizeof *host);
+    for (size_t i = 0; i < n; i++) dst[i] = __bfloat162float(host[i]);
+    free(host);
+}
+
+__global__ void round_values(bf16 *to, const float *from, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) to[i] = __float2bfloat16_rn(from[i]);
+}
+static void round_to_bf16(bf16 *to, const float *from, size_t n) {
+    round_values<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>(to, from, n);
+    LAUNCHED("round_to_bf16");
+}
+
+// The first call for these parameters makes the copy, which is freed with them. Without memory
+// for it there is none, and every convolution converts for itself.
+static void bf16_sync_params(const real *params, size_t n) {
+    Held *h = held;
+    while (h && h->p != (const void *)params) h = h->next;
+    if (!h) return;
+    if (!h->copy) h->copy = (bf16 *)gpu_alloc(h->bytes / sizeof(real) * sizeof(bf16));
+    if (h->copy) round_to_bf16(h->copy, params, n);
+}
+
+// Where the copy of *p lies; NULL where there is none.
+static bf16 *bf16_copy(const real *p) {
+    for (Held *h = held; h; h = h->next) {
+        size_t offset = (size_t)((uintptr_t)p - (uintptr_t)h->p);
+        if (h->copy && offset < h->bytes) return h->copy + offset / sizeof(real);
+    }
+    return NULL;
+}
+const bf16 *bf16_weights(const real *w, size_t n, void *work) {
+    const bf16 *copy = bf16_copy(w);
+    if (copy) return copy;
+    round_to_bf16((bf16 *)work, w, n);
+    return (const bf16 *)work;
+}
+
+// ---- Errors, and recording a step ---------------------------------------------------------------
 
 static const char *gpu_error(void) {
     static char reported[ERROR_LEN];
@@ -177,10 +250,6 @@ static void gpu_free_recording(void *recording) {
     CHECK(cudaGraphExecDestroy((cudaGraphExec_t)recording));
 }
 
-enum { THREADS = 256, WARPS = THREADS / 32 };
-
-static unsigned blocks_for(size_t n, size_t per_block) { return (unsigned)ceil_div(n, per_block); }
-
 // ---- LayerNorm ----------------------------------------------------------------------------------
 
 // Mean and 1/standard deviation of a row by one thread, in the CPU's order and precision.
@@ -209,9 +278,9 @@ static void norm_forward_naive(act *out, const act *x, const real *gain, const r
     LAUNCHED("norm_forward_naive");
 }
 
-// The same by a warp, which reads a row 16 bytes a lane; the second and third pass find it in L1.
-template <bool VEC>
-static __device__ float2 warp_moments(const float *x, int C, int lane) {
+// The same by a warp, which reads a row four values a lane; later passes find the row in L1.
+template <bool VEC, typename T>
+static __device__ float2 warp_moments(const T *x, int C, int lane) {
     float sum = 0, squares = 0;
     for (int c = 4 * lane; c < C; c += 128) {
         float4 v = load4<VEC>(x + c, C - c);
@@ -228,13 +297,13 @@ static __device__ float2 warp_moments(const float *x, int C, int lane) {
 }
 
 // tiled: one warp per row. Bytes: x read once, out written once, 67 MB.
-template <bool VEC>
-__global__ void norm_rows_tiled(float *out, const float *x, const float *gain, const float *bias,
-                                size_t N, int C) {
+template <bool VEC, typename T>
+__global__ void norm_rows_tiled(T *out, const T *x, const float *gain, const float *bias, size_t N,
+                                int C) {
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (n >= N) return;
-    const float *row = x + n * C;
+    const T *row = x + n * C;
     float2 m = warp_moments<VEC>(row, C, lane);
     for (int c = 4 * lane; c < C; c += 128) {
         float4 v = load4<VEC>(row + c, C - c);
@@ -246,15 +315,16 @@ __global__ void norm_rows_tiled(float *out, const float *x, const float *gain, c
     }
 }
 
+template <typename T>
 static void norm_forward_tiled(act *out, const act *x, const real *gain, const real *bias,
                                size_t N, int C) {
     bool vec = C % 4 == 0 && aligned16(out) && aligned16(x) && aligned16(gain) && aligned16(bias);
     if (vec)
         norm_rows_tiled<true><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (float *)out, (const float *)x, gain, bias, N, C);
+            (T *)out, (const T *)x, gain, bias, N, C);
     else
         norm_rows_tiled<false><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (float *)out, (const float *)x, gain, bias, N, C);
+            (T *)out, (const T *)x, gain, bias, N, C);
     LAUNCHED("norm_forward_tiled");
 }
 
@@ -320,14 +390,14 @@ static void norm_backward_naive(act *dx, real *dgain, real *dbias, const act *do
 // naive's 235 MB; a block's column sums go to part (blocks, 2, C), 1/16 of one array.
 enum { NORM_ROWS = 32, AT_ONCE = 8 };
 
-template <bool VEC>
-__global__ void norm_backward_rows(float *dx, float *part, const float *dout, const float *x,
+template <bool VEC, typename T>
+__global__ void norm_backward_rows(T *dx, float *part, const T *dout, const T *x,
                                    const float *gain, size_t N, int C, bool accumulate) {
     __shared__ float4 row_figures[NORM_ROWS];  // mean, rstd, average g, average g*xhat
     size_t n0 = (size_t)blockIdx.x * NORM_ROWS;
     int rows = N - n0 < NORM_ROWS ? (int)(N - n0) : NORM_ROWS, lane = threadIdx.x % 32;
     for (int r = threadIdx.x / 32; r < rows; r += WARPS) {
-        const float *x_r = x + (n0 + r) * C, *dout_r = dout + (n0 + r) * C;
+        const T *x_r = x + (n0 + r) * C, *dout_r = dout + (n0 + r) * C;
         float2 m = warp_moments<VEC>(x_r, C, lane);
         float g_sum = 0, gx_sum = 0;
         for (int c = 4 * lane; c < C; c += 128) {
@@ -353,16 +423,16 @@ __global__ void norm_backward_rows(float *dx, float *part, const float *dout, co
             for (int j = 0; j < AT_ONCE; j++) {
                 size_t i = (n0 + r0 + j) * C + c;
                 bool here = r0 + j < rows;
-                v[j] = here ? x[i] : 0;
-                d[j] = here ? dout[i] : 0;
-                old[j] = here && accumulate ? dx[i] : 0;
+                v[j] = here ? (float)x[i] : 0;
+                d[j] = here ? (float)dout[i] : 0;
+                old[j] = here && accumulate ? (float)dx[i] : 0;
             }
             for (int j = 0; j < AT_ONCE && r0 + j < rows; j++) {
                 float4 f = row_figures[r0 + j];
                 float xhat = (v[j] - f.x) * f.y, g = __fmul_rn(d[j], w);
                 gain_sum += d[j] * xhat;
                 bias_sum += d[j];
-                dx[(n0 + r0 + j) * C + c] = old[j] + f.y * (g - f.z - xhat * f.w);
+                dx[(n0 + r0 + j) * C + c] = (T)(old[j] + f.y * (g - f.z - xhat * f.w));
             }
         }
         part[((size_t)blockIdx.x * 2) * C + c] = gain_sum;
@@ -387,16 +457,17 @@ __global__ void add_pairs(float *first, float *second, const float *part, size_t
     (blockIdx.y ? second : first)[c] += sum;
 }
 
+template <typename T>
 static void norm_backward_tiled(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
                                 const real *gain, size_t N, int C, bool accumulate, void *work) {
     float *part = (float *)work;
     unsigned blocks = blocks_for(N, NORM_ROWS);
     if (C % 4 == 0 && aligned16(x) && aligned16(dout) && aligned16(gain))
         norm_backward_rows<true><<<blocks, THREADS, 0, gpu_stream>>>(
-            (float *)dx, part, (const float *)dout, (const float *)x, gain, N, C, accumulate);
+            (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
     else
         norm_backward_rows<false><<<blocks, THREADS, 0, gpu_stream>>>(
-            (float *)dx, part, (const float *)dout, (const float *)x, gain, N, C, accumulate);
+            (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
     LAUNCHED("norm_backward_tiled");
     add_pairs<<<dim3(blocks_for(C, 32), 2), dim3(32, 32), 0, gpu_stream>>>(dgain, dbias, part,
                                                                             blocks, C);
@@ -426,8 +497,8 @@ static void embed_forward_naive(act *x, const int *ids, const real *table, const
 }
 
 // tiled: one warp per row, 16 bytes a lane. Bytes: x written once, the table stays in cache.
-template <bool VEC>
-__global__ void gather_tiled(float *x, const int *ids, const float *rows, const float *bias,
+template <bool VEC, typename T>
+__global__ void gather_tiled(T *x, const int *ids, const float *rows, const float *bias,
                              size_t N, int C) {
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     if (n >= N) return;
@@ -436,15 +507,16 @@ __global__ void gather_tiled(float *x, const int *ids, const float *rows, const 
         store4<VEC>(x + n * C + c, load4<VEC>(from + c, C - c), C - c);
 }
 
+template <typename T>
 static void embed_forward_tiled(act *x, const int *ids, const real *table, const real *gain,
                                 const real *bias, size_t N, int C, void *work) {
-    norm_forward_tiled(work, table, gain, bias, V, C);
+    norm_forward_tiled<float>(work, table, gain, bias, V, C);
     if (C % 4 == 0 && aligned16(x) && aligned16(bias))
         gather_tiled<true><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (float *)x, ids, (const float *)work, bias, N, C);
+            (T *)x, ids, (const float *)work, bias, N, C);
     else
         gather_tiled<false><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (float *)x, ids, (const float *)work, bias, N, C);
+            (T *)x, ids, (const float *)work, bias, N, C);
     LAUNCHED("embed_forward_tiled");
 }
 
@@ -494,7 +566,8 @@ static size_t embed_slabs(size_t N, int C) {
     return ceil_div(lists, ceil_div(lists, most));
 }
 
-__global__ void segment_sums_tiled(float *part, const float *dx, const int *ids, size_t N, int C,
+template <typename T>
+__global__ void segment_sums_tiled(float *part, const T *dx, const int *ids, size_t N, int C,
                                    size_t slab_rows) {
     __shared__ int list[LIST], warp_counts[WARPS];
     int v = blockIdx.x, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -528,7 +601,7 @@ __global__ void segment_sums_tiled(float *part, const float *dx, const int *ids,
         for (int c = tid; c < C && total > 0; c += THREADS) {
             float sum = to[c];
 #pragma unroll 8
-            for (int i = 0; i < total; i++) sum += dx[(n0 + list[i]) * C + c];
+            for (int i = 0; i < total; i++) sum += (float)dx[(n0 + list[i]) * C + c];
             to[c] = sum;
         }
     }
@@ -544,6 +617,7 @@ __global__ void sum_slabs(float *out, const float *part, size_t n, size_t slabs)
     out[i] = sum;
 }
 
+template <typename T>
 static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const act *dx,
                                  const int *ids, const real *table, const real *gain, size_t N,
                                  int C, void *work) {
@@ -551,11 +625,11 @@ static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const a
     size_t slab_rows = ceil_div(ceil_div(N, LIST), slabs) * LIST;
     float *drows = (float *)work, *part = drows + values / 4 * 4 + 4;  // both on 16 bytes
     segment_sums_tiled<<<dim3(V + 1, (unsigned)slabs), THREADS, 0, gpu_stream>>>(
-        part, (const float *)dx, ids, N, C, slab_rows);
+        part, (const T *)dx, ids, N, C, slab_rows);
     LAUNCHED("embed_backward_tiled");
     sum_slabs<<<blocks_for(values, THREADS), THREADS, 0, gpu_stream>>>(drows, part, values, slabs);
     LAUNCHED("sum_slabs");
-    norm_backward_tiled(dtable, dgain, dbias, drows, table, gain, V, C, true, part);
+    norm_backward_tiled<float>(dtable, dgain, dbias, drows, table, gain, V, C, true, part);
     add_row<<<blocks_for(C, THREADS), THREADS, 0, gpu_stream>>>(dbias, drows + (size_t)V * C, C);
     LAUNCHED("add_row");
 }
@@ -579,27 +653,33 @@ static void act_backward_naive(act *dpre, const act *dout, const act *pre, Dropo
     LAUNCHED("act_backward_naive");
 }
 
-// tiled: four values a thread, 16 bytes and one draw. Bytes: 101 MB, the floor.
-__global__ void act_backward_four(float *dpre, const float *dout, const float *pre, Dropout drop,
-                                  size_t n, int O) {
-    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
+// tiled: four values a thread, one load and one draw. Bytes: 101 MB, the floor.
+template <bool VEC, typename T>
+__global__ void act_backward_four(T *dpre, const T *dout, const T *pre, Dropout drop, size_t n,
+                                  int O) {
+    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x), at = drop.first * O + i;
     if (i >= n) return;
-    float4 d = *(const float4 *)(dout + i), p = *(const float4 *)(pre + i);
-    float4 f = dropout_factor4(drop, drop.first * O + i);
-    *(float4 *)(dpre + i) =
-        make_float4(d.x * f.x * gelu_grad(p.x), d.y * f.y * gelu_grad(p.y),
-                    d.z * f.z * gelu_grad(p.z), d.w * f.w * gelu_grad(p.w));
+    int left = n - i < 4 ? (int)(n - i) : 4;
+    float4 d = load4<VEC>(dout + i, left), p = load4<VEC>(pre + i, left);
+    float4 f = VEC ? dropout_factor4(drop, at)
+                   : make_float4(dropout_factor(drop, at), dropout_factor(drop, at + 1),
+                                 dropout_factor(drop, at + 2), dropout_factor(drop, at + 3));
+    store4<VEC>(dpre + i,
+                make_float4(d.x * f.x * gelu_grad(p.x), d.y * f.y * gelu_grad(p.y),
+                            d.z * f.z * gelu_grad(p.z), d.w * f.w * gelu_grad(p.w)),
+                left);
 }
 
+template <typename T>
 static void act_backward_tiled(act *dpre, const act *dout, const act *pre, Dropout drop,
                                ConvShape s) {
     size_t n = (size_t)s.B * s.T * s.O;
-    if (s.O % 4 || !aligned16(dpre) || !aligned16(dout) || !aligned16(pre)) {
-        act_backward_naive(dpre, dout, pre, drop, s);
-        return;
-    }
-    act_backward_four<<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
-        (float *)dpre, (const float *)dout, (const float *)pre, drop, n, s.O);
+    if (s.O % 4 == 0 && aligned16(dpre) && aligned16(dout) && aligned16(pre))
+        act_backward_four<true><<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
+            (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
+    else
+        act_backward_four<false><<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
+            (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
     LAUNCHED("act_backward_tiled");
 }
 
@@ -639,17 +719,18 @@ static void cross_entropy_naive(real *losses, act *logits, const int *targets, f
 
 // tiled: one warp per row, whose 256 values stay in the lanes' registers, eight in each: lane i
 // holds 4i..4i+3 and 128+4i..128+4i+3. Bytes: logits read once and written once, 67 MB.
-__global__ void cross_entropy_warp(float *losses, float *logits, const int *targets, float cap,
+template <typename T>
+__global__ void cross_entropy_warp(float *losses, T *logits, const int *targets, float cap,
                                    float scale, size_t N) {
     static_assert(V == 256, "eight values in each of 32 lanes");
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (n >= N) return;
-    float *l = logits + n * V;
+    T *l = logits + n * V;
     int target = targets[n];
     float p[8], slope[8], top = -INFINITY, sum = 0, at_target = 0;
-    *(float4 *)&p[0] = *(float4 *)&l[4 * lane];
-    *(float4 *)&p[4] = *(float4 *)&l[128 + 4 * lane];
+    *(float4 *)&p[0] = four(l + 4 * lane);
+    *(float4 *)&p[4] = four(l + 128 + 4 * lane);
     for (int j = 0; j < 8; j++) {
         float t = cap > 0 ? tanhf(p[j] / cap) : 0;
         if (cap > 0) p[j] = cap * t;
@@ -671,14 +752,15 @@ __global__ void cross_entropy_warp(float *losses, float *logits, const int *targ
         float is_target = j / 4 * 128 + 4 * lane + j % 4 == target;
         p[j] = target < 0 ? 0 : scale * slope[j] * (p[j] / sum - is_target);
     }
-    *(float4 *)&l[4 * lane] = *(float4 *)&p[0];
-    *(float4 *)&l[128 + 4 * lane] = *(float4 *)&p[4];
+    put_four(l + 4 * lane, *(float4 *)&p[0]);
+    put_four(l + 128 + 4 * lane, *(float4 *)&p[4]);
 }
 
+template <typename T>
 static void cross_entropy_tiled(real *losses, act *logits, const int *targets, float cap,
                                 float scale, size_t N) {
     cross_entropy_warp<<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-        losses, (float *)logits, targets, cap, scale, N);
+        losses, (T *)logits, targets, cap, scale, N);
     LAUNCHED("cross_entropy_tiled");
 }
 
@@ -784,15 +866,18 @@ __global__ void update_one(float *p, const float *g, float *m, float *v, float *
     if (i < n && a->finite)
         adamw_update(a, i < n_decay, &p[i], g[i], &m[i], &v[i], ema ? &ema[i] : NULL);
 }
-// tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 7 arrays of n, 55 MB.
-__global__ void update_four(float *p, const float *g, float *m, float *v, float *ema, size_t n,
-                            size_t n_decay, const AdamWStep *step) {
+// tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 7 arrays of n, 55 MB. copy:
+// the new parameters in bf16, NULL where nobody keeps one.
+__global__ void update_four(float *p, const float *g, float *m, float *v, float *ema, bf16 *copy,
+                            size_t n, size_t n_decay, const AdamWStep *step) {
     size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     AdamWStep a = *step;
     if (i >= n || !a.finite) return;
     if (i + 4 > n) {
-        for (; i < n; i++)
+        for (; i < n; i++) {
             adamw_update(&a, i < n_decay, &p[i], g[i], &m[i], &v[i], ema ? &ema[i] : NULL);
+            if (copy) copy[i] = (bf16)p[i];
+        }
         return;
     }
     float p4[4], g4[4], m4[4], v4[4], e4[4];
@@ -807,6 +892,7 @@ __global__ void update_four(float *p, const float *g, float *m, float *v, float 
     *(float4 *)(m + i) = *(float4 *)m4;
     *(float4 *)(v + i) = *(float4 *)v4;
     if (ema) *(float4 *)(ema + i) = *(float4 *)e4;
+    if (copy) put_four(copy + i, *(float4 *)p4);
 }
 
 static AdamWStep *step_numbers(void *work, size_t slabs) {
@@ -836,8 +922,8 @@ static void optimize_tiled(real *params, real *grads, real *m, real *v, real *em
     LAUNCHED("squares_tiled");
     begin_step<<<1, 1024, 0, gpu_stream>>>(a, state, (double *)work, slabs, loss_scale, hyper);
     LAUNCHED("begin_step");
-    update_four<<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(params, grads, m, v, ema,
-                                                                        n, n_decay, a);
+    update_four<<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
+        params, grads, m, v, ema, bf16_copy(params), n, n_decay, a);
     LAUNCHED("optimize_tiled");
 }
 
@@ -861,26 +947,32 @@ static size_t gpu_work_bytes(size_t N, int K, int width, size_t n) {
     return bytes < conv ? conv : bytes;
 }
 
+// Convolutions may have their weights in bf16 there (bf16_weights).
+static size_t bf16_work_bytes(size_t N, int K, int width, size_t n) {
+    size_t bytes = gpu_work_bytes(N, K, width, n), w = (size_t)width, weights = K * w * w;
+    return bytes > weights * sizeof(bf16) ? bytes : weights * sizeof(bf16);
+}
+
 // ---- The table, and the backends made from it ---------------------------------------------------
 
 static const Kernel layer_kernels[] = {
     KERNEL(float, embed_forward, embed_forward_naive, "naive", "a thread per value"),
-    KERNEL(float, embed_forward, embed_forward_tiled, "tiled", "a warp per row, 16 bytes a lane"),
+    KERNEL_PAIR(embed_forward, embed_forward_tiled, "a warp per row, four values a lane"),
     KERNEL(float, embed_backward, embed_backward_naive, "naive", "a thread per (byte, channel)"),
-    KERNEL(float, embed_backward, embed_backward_tiled, "tiled", "list each byte's rows, add them"),
+    KERNEL_PAIR(embed_backward, embed_backward_tiled, "list each byte's rows, add them"),
     KERNEL(float, norm_forward, norm_forward_naive, "naive", "a thread per row"),
-    KERNEL(float, norm_forward, norm_forward_tiled, "tiled", "a warp per row, 16 bytes a lane"),
+    KERNEL_PAIR(norm_forward, norm_forward_tiled, "a warp per row, four values a lane"),
     KERNEL(float, norm_backward, norm_backward_naive, "naive", "a thread per row, then per column"),
-    KERNEL(float, norm_backward, norm_backward_tiled, "tiled", "rows by warps, columns by threads"),
+    KERNEL_PAIR(norm_backward, norm_backward_tiled, "rows by warps, columns by threads"),
     KERNEL(float, act_backward, act_backward_naive, "naive", "a thread per value"),
-    KERNEL(float, act_backward, act_backward_tiled, "tiled", "four values and one draw a thread"),
+    KERNEL_PAIR(act_backward, act_backward_tiled, "four values and one draw a thread"),
     KERNEL(float, cross_entropy, cross_entropy_naive, "naive", "a thread per row"),
-    KERNEL(float, cross_entropy, cross_entropy_tiled, "tiled", "a warp per row, in registers"),
+    KERNEL_PAIR(cross_entropy, cross_entropy_tiled, "a warp per row, in registers"),
     KERNEL(float, add_losses, add_losses_naive, "naive", "one thread"),
-    KERNEL(float, add_losses, add_losses_tiled, "tiled", "one block"),
-    KERNEL(float, draw_batch, draw_batch_each, "naive tiled", "a thread per byte"),
+    KERNEL(float, add_losses, add_losses_tiled, "tiled tensor", "one block"),
+    KERNEL(float, draw_batch, draw_batch_each, "naive tiled tensor", "a thread per byte"),
     KERNEL(float, optimize, optimize_naive, "naive", "a thread per parameter"),
-    KERNEL(float, optimize, optimize_tiled, "tiled", "four parameters a thread"),
+    KERNEL(float, optimize, optimize_tiled, "tiled tensor", "four parameters a thread"),
 };
 enum { N_LAYER_KERNELS = sizeof layer_kernels / sizeof *layer_kernels, MAX_KERNELS = 128 };
 
@@ -919,16 +1011,36 @@ static Backend memory_half(void) {
 }
 const Backend gpu_memory = memory_half();
 
-static const char *const backend_names[] = {"naive", "tiled"};
-static const char *const backend_ideas[] = {
-    "CUDA float32, the CPU's loops with a thread per output",
-    "CUDA float32, tiles in shared memory and registers",
+static void store_bf16(Backend *b) {
+    b->act_bytes = sizeof(bf16);
+    b->write_acts = bf16_write_acts;
+    b->read_acts = bf16_read_acts;
+    b->work_bytes = bf16_work_bytes;
+    b->sync_params = bf16_sync_params;
+}
+
+static const struct {
+    const char *name, *idea;
+    bool bf16_acts;
+} backends[] = {
+    {"naive", "CUDA float32, the CPU's loops with a thread per output", false},
+    {"tiled", "CUDA float32, tiles in shared memory and registers", false},
+    {"tensor", "CUDA bf16 with float32 sums, tensor cores", true},
 };
-enum { N_BACKENDS = sizeof backend_names / sizeof *backend_names };
+enum { N_BACKENDS = sizeof backends / sizeof *backends, BF16_CAPABILITY = 80 };
 
 const char *const *gpu_backend_names(int *n) {
+    static const char *fastest_last[N_BACKENDS];
+    GpuInfo g;
+    Error e;
+    for (int i = 0; i < N_BACKENDS; i++) fastest_last[i] = backends[i].name;
+    // Without tensor cores for bf16 the fastest is the one before.
+    if (gpu_open(&g, &e) == 0 && g.capability < BF16_CAPABILITY) {
+        fastest_last[N_BACKENDS - 2] = backends[N_BACKENDS - 1].name;
+        fastest_last[N_BACKENDS - 1] = backends[N_BACKENDS - 2].name;
+    }
     *n = N_BACKENDS;
-    return backend_names;
+    return fastest_last;
 }
 
 // Whether `name` is one of the words of `list`.
@@ -943,17 +1055,18 @@ const Backend *gpu_backend(const char *name, Error *e) {
     static Backend made[N_BACKENDS];
     if (gpu_open(NULL, e)) return NULL;
     for (int i = 0; i < N_BACKENDS; i++) {
-        if (strcmp(name, backend_names[i]) != 0) continue;
+        if (strcmp(name, backends[i].name) != 0) continue;
         int n;
         const Kernel *k = gpu_kernels(&n);
         made[i] = gpu_memory;
-        made[i].name = backend_names[i];
-        made[i].idea = backend_ideas[i];
+        made[i].name = backends[i].name;
+        made[i].idea = backends[i].idea;
+        if (backends[i].bf16_acts) store_bf16(&made[i]);
         for (int j = 0; j < n; j++)
             if (names(k[j].used_by, name)) kernel_install(&made[i], &k[j]);
         return &made[i];
     }
-    fail(e, "no kernels named '%s': expected naive or tiled", name);
+    fail(e, "no kernels named '%s': expected naive, tiled or tensor", name);
     return NULL;
 }
 

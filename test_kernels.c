@@ -175,10 +175,21 @@ static double tensor_error(const real *out, const real *ref, size_t n) {
     return diff == 0 ? 0 : sqrt(diff / norm);
 }
 
-// Loss and every gradient of one step within 1e-4.
+// How far a backend may be from the CPU, whose arithmetic is float32 throughout. bf16 activations
+// have 8 bits: measured on an H100 were at most 2.4e-5, 1.2e-2 and 1.2e-3.
+typedef struct {
+    double loss, gradient;  // of one step: relative, a tensor at a time
+    double steps;           // the loss of any of 50 steps, nats per byte
+} Bounds;
+static Bounds bounds_of(const Backend *be) {
+    return be->act_bytes == 2 ? (Bounds){1e-4, 3e-2, 3e-3} : (Bounds){1e-4, 1e-4, 1e-3};
+}
+
+// Loss and every gradient of one step.
 static void test_gradients(const Backend *be, const Case *k, const char *name) {
     Model cpu, gpu;
     Error e;
+    const Bounds bounds = bounds_of(be);
     if (open_model(&cpu, &cpu_backend, k, &e)) {
         report(false, name, e.text);
         return;
@@ -195,13 +206,13 @@ static void test_gradients(const Backend *be, const Case *k, const char *name) {
     real *out = malloc(cpu.n_params * sizeof *out);
     bool ok = !error && state && out;
     char detail[ERROR_LEN] = "";
-    double worst = 0;
+    double worst = 0, loss_error = 0;
     if (ok) {
         be->download(state, gpu.state, sizeof *state);
         double loss = state->ring[0].loss, ref = cpu.state->ring[0].loss;
-        double loss_error = fabs(loss - ref) / fabs(ref);
+        loss_error = fabs(loss - ref) / fabs(ref);
         model_read(&gpu, out, gpu.grads);
-        if (!(loss_error <= 1e-4)) {
+        if (!(loss_error <= bounds.loss)) {
             ok = false;
             snprintf(detail, sizeof detail, "loss %g, on the CPU %g", loss, ref);
         }
@@ -209,13 +220,15 @@ static void test_gradients(const Backend *be, const Case *k, const char *name) {
             const Tensor *t = &cpu.tensors[i];
             double err = tensor_error(out + t->offset, cpu.grads + t->offset, t->size);
             if (!(err <= worst)) worst = err;
-            if (!(err <= 1e-4)) {
+            if (!(err <= bounds.gradient)) {
                 ok = false;
                 snprintf(detail, sizeof detail, "gradient of %s: relative error %g", t->name, err);
             }
         }
     }
-    if (ok) snprintf(detail, sizeof detail, "worst relative error %.1e", worst);
+    if (ok)
+        snprintf(detail, sizeof detail, "relative error of the loss %.1e, of a gradient %.1e",
+                 loss_error, worst);
     report(ok, name, error ? error : detail);
     free(state);
     free(out);
@@ -246,7 +259,7 @@ static real *run_steps(const Backend *be, const Case *k, StepFigures *figures, i
     return NULL;
 }
 
-// The CPU's loss at each of 50 steps to 1e-3, and two runs of the GPU bit for bit.
+// The CPU's loss at each of 50 steps, and two runs of the GPU bit for bit.
 static void test_steps(const Backend *be, const Case *k, const char *name, const char *twice) {
     enum { STEPS = 50 };
     StepFigures cpu[STEPS] = {0}, one[STEPS] = {0}, two[STEPS] = {0};
@@ -265,12 +278,43 @@ static void test_steps(const Backend *be, const Case *k, const char *name, const
     if (ok)
         snprintf(detail, sizeof detail, "loss %.4f to %.4f, furthest from the CPU %.1e",
                  one[0].loss, one[STEPS - 1].loss, worst);
-    report(ok && worst <= 1e-3, name, detail);
+    report(ok && worst <= bounds_of(be).steps, name, detail);
     bool same = ok && memcmp(a, b, n * sizeof *a) == 0 && memcmp(one, two, sizeof one) == 0;
     report(same, twice, same ? "" : ok ? "two runs differ" : e.text);
     free(ref);
     free(a);
     free(b);
+}
+
+// Whatever a backend keeps beside the parameters follows them: after some steps the losses are the
+// same bits as after the parameters were written anew.
+static void test_copies(const Backend *be, const Case *k, const char *name) {
+    Model m;
+    Error e;
+    if (open_model(&m, be, k, &e)) {
+        report(false, name, e.text);
+        return;
+    }
+    size_t N = (size_t)k->B * (size_t)k->T;
+    real *params = malloc(m.n_params * sizeof *params), *one = malloc(N * sizeof *one);
+    real *two = malloc(N * sizeof *two);
+    int *ids = malloc(N * sizeof *ids);
+    bool ok = params && one && two && ids;
+    for (size_t i = 0; i < N && ok; i++) ids[i] = (int)(i * 7 % V);
+    for (int i = 0; i < 3; i++) model_train_step(&m);
+    if (ok) {
+        model_losses(&m, ids, ids, one);
+        model_read(&m, params, m.params);
+        model_write(&m, m.params, params);
+        model_losses(&m, ids, ids, two);
+    }
+    const char *error = be->error();
+    report(ok && !error && memcmp(one, two, N * sizeof *one) == 0, name, error ? error : "");
+    free(params);
+    free(one);
+    free(two);
+    free(ids);
+    model_free(&m);
 }
 
 static void test_models(const Options *o) {
@@ -291,6 +335,8 @@ static void test_models(const Options *o) {
             Case k = model_case(i);
             snprintf(name, sizeof name, "%s, gradients, %s", names[j], k.name);
             if (i < 3 || !o->small) test_gradients(be, &k, name);
+            snprintf(name, sizeof name, "%s, copies of parameters, %s", names[j], k.name);
+            if (i < 1 || !o->small) test_copies(be, &k, name);
             if (o->small) continue;
             snprintf(name, sizeof name, "%s, 50 steps, %s", names[j], k.name);
             snprintf(twice, sizeof twice, "%s, same bits twice, %s", names[j], k.name);
@@ -312,7 +358,7 @@ static void time_kernels(const Options *o) {
            "float32 FMA %.1f TFLOP/s", g.name, s.B, s.T, s.C, s.O, s.K, s.dil, copy / 1e9,
            fma / 1e12);
     if (cublas > 0) printf(", cuBLAS on the same product %.1f TFLOP/s", cublas / 1e12);
-    printf("\n%-28s %10s %9s %7s %9s %7s  %s\n", "kernel", "ms", "TFLOP/s", "of FMA", "GB/s",
+    printf("\n%-32s %10s %9s %7s %9s %7s  %s\n", "kernel", "ms", "TFLOP/s", "of FMA", "GB/s",
            "of copy", "idea");
     int n;
     const Kernel *k = gpu_kernels(&n);
@@ -320,10 +366,10 @@ static void time_kernels(const Options *o) {
         if (o->kernel && strcmp(o->kernel, k[i].name) != 0) continue;
         double flops = 0, bytes = 0, t = kernel_seconds(&k[i], s, &flops, &bytes);
         if (!(t > 0)) {
-            printf("%-28s could not run\n", k[i].name);
+            printf("%-32s could not run\n", k[i].name);
             continue;
         }
-        printf("%-28s %10.4f %9.2f %6.1f%% %9.1f %6.1f%%  %s\n", k[i].name, t * 1e3,
+        printf("%-32s %10.4f %9.2f %6.1f%% %9.1f %6.1f%%  %s\n", k[i].name, t * 1e3,
                flops / t / 1e12, 100 * flops / t / fma, bytes / t / 1e9, 100 * bytes / t / copy,
                k[i].idea);
     }
@@ -337,7 +383,7 @@ static int run_all(const Options *o) {
     for (int i = 0; i < n; i++) found += !o->kernel || strcmp(o->kernel, k[i].name) == 0;
     if (!found) {
         fprintf(stderr, "test_kernels: no kernel named '%s'; the table has\n", o->kernel);
-        for (int i = 0; i < n; i++) fprintf(stderr, "  %-28s %s\n", k[i].name, k[i].idea);
+        for (int i = 0; i < n; i++) fprintf(stderr, "  %-32s %s\n", k[i].name, k[i].idea);
         return 1;
     }
     if (o->check) printf("# shapes drawn from seed %llu (--seed)\n", (unsigned long long)o->seed);

@@ -41,7 +41,7 @@ static const char *const preset_names[] = {"paper", "small", NULL};
 static const char *const presets[] = {
     "",  // the defaults are the paper's configuration
     "--channels 128 --blocks 2 --block-form prenorm --tie --softcap 30 --dropout 0.05 "
-    "--byte-dropout 0.05 --batch 16 --seq 256 --steps 800 --lr 4e-3 --warmup 50 --eval-every 200",
+    "--byte-dropout 0.05 --batch 16 --seq 256 --steps 1200 --lr 4e-3 --warmup 50 --eval-every 200",
 };
 static const char *const form_names[] = {"paper", "prenorm", NULL};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};

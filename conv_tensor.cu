@@ -1,0 +1,1481 @@
+// conv_tensor.cu: the causal dilated convolution on tensor cores. bf16 operands, float32 sums.
+//
+// Two more rungs of the ladder that conv_kernels.cu begins (read that first, for the three products
+// and how a tap is only another row address; then kernels.h for bf16 and its weights):
+//   mma     sm_80 and up: any B, T, K, dil
+//   wgmma   Hopper (sm_90a): K <= 3, (K-1)*dil <= 192, weights that fit into shared memory
+// Both want C and O in multiples of 8 and pointers in multiples of 16 bytes. Nothing is refused:
+// what a rung does not take it hands down, wgmma to mma, mma to conv_kernels.cu's block. Needs CUDA
+// 12 to build. The rungs are the last table of this file:
+//   make check-kernels            # every rung against the CPU, then timed, side by side
+//
+// Measured for wgmma on an H100 80GB HBM3, in a graph, median; C = O = 256, K = 3, dil = 4.
+// Microseconds, then TFLOP/s (spread under 5 % below 131072 rows, up to 14 % there):
+//   rows                             128  1024  8192     16384      32768      131072
+//   forward, bias and GELU          3.08  4.19   8.7  13.1 491   23.2 556   86.9 593
+//     and a residual                3.08  4.27   9.2  14.2 453   28.7 449  107.6 479
+//     and dropout                   3.58  4.71  10.9  18.2 354   30.9 417    139 371
+//   forward, bias only              2.82  3.98   7.5  11.7 550   20.2 639     79 655
+//   to the input, through GELU      3.17  4.27   9.8  15.7 411   29.3 440    115 447
+//     plain, accumulated            2.72  3.85   7.8  11.7 550   20.0 645     80 636
+//   to the weights, one layer        8.7  11.7  26.9  31.5 204   40.9 315   85.7 601
+//     of three per launch            3.7   5.0  11.6  15.7 411   23.3 553   70.3 733
+//   mma, forward, bias and GELU       22    23    30    64 101    112 115    418 123
+// For comparison: block in float32 takes 346 us for the forward of 32768 rows; large bf16 products
+// of cuBLAS reach 700 to 780 TFLOP/s on that GPU.
+#include "kernels.h"
+
+#include <cuda.h>  // CUtensorMap; nothing of libcuda is linked
+
+#if CUDART_VERSION < 12000
+#error "conv_tensor.cu needs CUDA 12 or newer: it is the first that knows tensor maps and wgmma"
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "build for sm_90a, not sm_90 (make ARCH=90 does): the matrix instructions need the a"
+#endif
+
+// What the architecture being compiled has. (In the host's pass: all, for its checks of syntax.)
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define HAVE_MMA 1
+#endif
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HAVE_WGMMA 1
+#endif
+
+// Arrays handed to these functions stay in registers only if the functions are inlined.
+#define INLINE static __device__ __forceinline__
+
+// ---- What becomes of the sums, on both rungs
+//
+// Eight channels of one row at a time: 16 bytes of bf16, one access and one draw of dropout.
+
+typedef struct {
+    bf16 *pre, *out;    // forward: pre, and out or NULL;   backward: dx, and a or NULL
+    const bf16 *side;   // read beside the sums. forward: the residual;  backward: pre of the layer
+                        // below, or the dx to add to;  NULL: nothing
+    const float *bias;  // forward; or NULL
+    Dropout drop;
+    bool activate;  // backward: side is pre
+} ConvEnd;
+
+static ConvEnd forward_end(act *out, act *pre, const real *b, const act *res, Dropout drop) {
+    ConvEnd e = {(bf16 *)pre, (bf16 *)out, (const bf16 *)(out ? res : NULL), b, drop, false};
+    return e;
+}
+static ConvEnd backward_end(act *dx, act *a, const act *pre, Dropout drop, bool accumulate) {
+    const act *side = pre ? pre : accumulate ? dx : NULL;
+    ConvEnd e = {(bf16 *)dx, (bf16 *)a, (const bf16 *)side, NULL, drop, pre != NULL};
+    return e;
+}
+
+#ifdef HAVE_MMA
+INLINE uint32_t pack(float lo, float hi) {  // rounded to nearest, ties to even
+    __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
+    return *(uint32_t *)&p;
+}
+INLINE float low(uint32_t w) { return __uint_as_float(w << 16); }
+INLINE float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
+INLINE void unpack8(uint4 v, float f[8]) {
+    f[0] = low(v.x), f[1] = high(v.x), f[2] = low(v.y), f[3] = high(v.y);
+    f[4] = low(v.z), f[5] = high(v.z), f[6] = low(v.w), f[7] = high(v.w);
+}
+INLINE uint4 pack8(const float f[8]) {
+    return make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
+}
+
+// The sigmoid(2u) = (1 + tanh(u)) / 2 of model.h's gelu. tanh is one instruction here, right to
+// 2^-11, which leaves the sigmoid within 2^-12; bf16 rounds to 2^-9. An exponential and a division
+// would take longer than the products.
+#define HALF_A (GELU_A / 2)
+INLINE float gelu_sigmoid(float x) {
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * (HALF_A + HALF_A * GELU_B * x * x)));
+    return 0.5f + 0.5f * t;
+}
+// gelu(x), and its slope. Not clamped as in model.h: x*x is finite up to 1e19.
+INLINE float gelu_and_slope(float x, float *slope) {
+    float s = gelu_sigmoid(x), y = x * s;
+    *slope = s + y * (1 - s) * (GELU_A + 3 * GELU_A * GELU_B * x * x);
+    return y;
+}
+
+// Dropout of the elements i..i+7, i a multiple of 8: one draw.
+INLINE void dropout8(const Dropout *d, uint64_t i, float y[8]) {
+    uint64_t group = i / 8;
+    Philox r = philox(d->seed, (uint32_t)group, (uint32_t)(group >> 32), d->state->step,
+                      d->purpose);
+    for (int j = 0; j < 8; j++) y[j] = philox_lane(r, j) < d->threshold ? 0 : y[j] * d->scale;
+}
+
+// v[h], h = 0, 1: eight sums each, as bf16, of row r and of row r + 8, which is where both rungs'
+// matrix instructions leave them. i: element of v[0]; inside[h]: that row exists; side[h]: what
+// end->side holds there, or zeros.
+INLINE void store2(bf16 *dst, const uint4 v[2], const bool inside[2], size_t i, int width) {
+    if (inside[0]) *(uint4 *)(dst + i) = v[0];
+    if (inside[1]) *(uint4 *)(dst + i + 8 * (size_t)width) = v[1];
+}
+
+// pre = sum;  out = res + dropout(gelu(pre)), of pre as it is stored: what backward will read.
+INLINE void finish_forward8(const ConvEnd *end, uint4 v[2], const uint4 side[2],
+                            const bool inside[2], size_t i, int width) {
+    const bool drop = end->drop.threshold != 0;
+    store2(end->pre, v, inside, i, width);
+    if (!end->out) return;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float y[8], res[8];
+        unpack8(v[h], y);
+        unpack8(side[h], res);
+        for (int j = 0; j < 8; j++) y[j] = y[j] * gelu_sigmoid(y[j]);
+        if (drop) dropout8(&end->drop, end->drop.first * width + i + h * 8 * (size_t)width, y);
+        for (int j = 0; j < 8; j++) y[j] += res[j];
+        v[h] = pack8(y);
+    }
+    store2(end->out, v, inside, i, width);
+}
+
+// forward:  a = dropout(gelu(pre))     dx = sum * dropout * gelu'(pre), and a once more
+// Where nothing is activated, side is the old dx, or zeros:  dx = side + sum.
+INLINE void finish_backward8(const ConvEnd *end, uint4 v[2], uint4 side[2], const bool inside[2],
+                             size_t i, int width) {
+    const bool drop = end->drop.threshold != 0, activate = end->activate;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float g[8], y[8];
+        unpack8(v[h], g);
+        unpack8(side[h], y);
+        if (activate) {
+            float f[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+            if (drop) dropout8(&end->drop, end->drop.first * width + i + h * 8 * (size_t)width, f);
+            for (int j = 0; j < 8; j++) {
+                float slope;
+                y[j] = gelu_and_slope(y[j], &slope) * f[j];
+                g[j] *= slope * f[j];
+            }
+            side[h] = pack8(y);
+        } else {
+            for (int j = 0; j < 8; j++) g[j] += y[j];
+        }
+        v[h] = pack8(g);
+    }
+    store2(end->pre, v, inside, i, width);
+    if (activate && end->out) store2(end->out, side, inside, i, width);
+}
+
+// The address of p in this block's shared memory, as instructions take it. (volatile, because nvcc
+// would otherwise compute it anew in every loop.)
+INLINE uint32_t shared_addr(const void *p) {
+    uint64_t a;
+    asm volatile("cvta.to.shared.u64 %0, %1;" : "=l"(a) : "l"(p));
+    return (uint32_t)a;
+}
+#endif
+
+// What is below these rungs: conv_kernels.cu's rows for bf16, which take everything.
+static const Backend *block_rung(void) {
+    static Backend b;
+    if (!b.conv_forward)
+        for (int i = 0; i < n_conv_kernels; i++)
+            if (conv_kernels[i].act_bytes == sizeof(bf16)) kernel_install(&b, &conv_kernels[i]);
+    return &b;
+}
+
+// The GPU, asked once; gpu_open has been called.
+static const GpuInfo *gpu(void) {
+    static GpuInfo g;
+    Error e;
+    if (g.sms == 0) gpu_open(&g, &e);
+    return &g;
+}
+// For which architecture the code was written that this GPU runs: 80 where the driver made it from
+// PTX for sm_80, whatever the GPU is.
+static int compiled_for(const void *kernel) {
+    struct cudaFuncAttributes a = {};
+    CHECK(cudaFuncGetAttributes(&a, kernel));
+    return a.ptxVersion;
+}
+
+static bool all_aligned(const ConvEnd *e, const void *x, const void *w) {
+    return aligned16(e->pre) && aligned16(e->out) && aligned16(e->side) && aligned16(e->bias) &&
+           aligned16(x) && aligned16(w);
+}
+
+// ---- Rung 4: mma, tensor cores from registers
+//
+// Bound before: the multiply-adders; 63 TFLOP/s is all that an H100 has of them in float32.
+// Idea: a warp multiplies 16 x 16 by 16 x 8 matrices of bf16 in one instruction, mma.sync. Copies
+// go from memory into shared memory without passing registers (cp.async), two steps ahead.
+// Count: a block of 64 x 64 sums takes 2*64*64*32 = 262,144 operations and 8192 bytes a step, 32
+// operations for a byte, so 115 TFLOP/s are 3.6 TB/s out of the L2 cache.
+// Cost: operands still pass through registers, loaded again by every warp that needs them.
+// Measured, forward, 32768 rows: 112 us, a third of block's 346.
+//
+// All three products are sum over r of A[m,r] B[r,n], and differ in what lies side by side:
+//               m         n    r             A                       B
+//   FORWARD     row       o    tap, c        x[row - k*dil, c]  r    w[k,c,o]   n
+//   BACKWARD    row       c    tap, o        dy[row + k*dil, o] r    w[k,c,o]   r
+//   WEIGHTS     c         o    row of slab   x[row - k*dil, c]  m    dy[row,o]  n
+//
+//   shared memory   | step 0: A, B | step 1: A, B | step 2: A, B |        3 x 10,240 bytes
+//   an operand      r side by side: 64 lines of 32 values;  else: 32 lines of 64, which ldmatrix
+//                   turns. A line is 16 bytes longer than its data, so that the eight lines that
+//                   ldmatrix reads at a time begin in eight different groups of four banks.
+//   step i          | copy i + 2 |
+//                   | wait for i | multiply i |
+//
+// PTX ISA: cp.async, ldmatrix, "Multiply-and-Accumulate Instruction: mma".
+
+enum MmaMode { FORWARD, BACKWARD, WEIGHTS };
+enum {
+    MMA_TILE = 64,
+    MMA_STEP = 32,
+    MMA_STAGES = 3,
+    MMA_THREADS = 128,
+    MMA_LINE_R = MMA_STEP * 2 + 16,  // bytes of a line, r side by side
+    MMA_LINE = MMA_TILE * 2 + 16,    // otherwise
+    MMA_OPERAND = MMA_TILE * MMA_LINE_R,
+    MMA_PIECES = MMA_TILE * MMA_STEP / 8,  // of 16 bytes, in an operand
+    MMA_BLOCKS = 4 * 132,                  // that a large GPU needs to be busy
+};
+static_assert(MMA_OPERAND >= MMA_STEP * MMA_LINE, "both forms fit");
+static_assert(MMA_PIECES % MMA_THREADS == 0, "each thread copies a whole number of pieces");
+
+typedef struct {
+    const bf16 *x, *w;  // BACKWARD: dy, w;  WEIGHTS: x, dy
+    ConvEnd end;
+    float *part;  // WEIGHTS: (slabs, K*C*O + O)
+    ConvShape s;
+    int slabs;
+} MmaArgs;
+
+#ifdef HAVE_MMA
+INLINE void copy16(uint32_t dst, const void *src, bool inside) {  // zeros where not inside
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
+}
+INLINE void copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+INLINE void copy_wait(void) {  // for all but the last PENDING groups
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Four 8 x 8 matrices, whose lines begin where lanes 0-7, 8-15, 16-23 and 24-31 point; turned.
+template <bool TURN>
+INLINE void ldmatrix(uint32_t r[4], uint32_t addr) {
+    if (TURN)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(addr)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(addr)
+                     : "memory");
+}
+INLINE void mma(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3},"
+        " {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Sends for A and B of a step; neighbouring lanes copy neighbouring 16 bytes of a line. `begin`:
+// first row of the slab. What lies outside is not addressed: its copy reads nothing and writes 0.
+template <MmaMode MODE>
+INLINE void mma_copy(const MmaArgs *a, uint32_t at, int m0, int n0, int step, int begin, int tap) {
+    const ConvShape s = a->s;
+    const int N = s.B * s.T, width = MODE == BACKWARD ? s.O : s.C;
+    const int chunks = (width + MMA_STEP - 1) / MMA_STEP;
+    const int k = MODE == WEIGHTS ? tap : step / chunks, r0 = step % chunks * MMA_STEP;
+    const int shift = (MODE == BACKWARD ? 1 : -1) * k * s.dil;
+#pragma unroll
+    for (int i = threadIdx.x; i < MMA_PIECES; i += MMA_THREADS) {
+        int line = MODE == WEIGHTS ? i / 8 : i / 4, piece = MODE == WEIGHTS ? i % 8 : i % 4;
+        int col = (MODE == WEIGHTS ? m0 : r0) + piece * 8;
+        int n = (MODE == WEIGHTS ? begin + step * MMA_STEP : m0) + line, t = n % s.T + shift;
+        bool inside = n < N && t >= 0 && t < s.T && col < width;
+        copy16(at + line * (MODE == WEIGHTS ? MMA_LINE : MMA_LINE_R) + piece * 16,
+               inside ? a->x + ((int64_t)n + shift) * width + col : a->x, inside);
+    }
+#pragma unroll
+    for (int i = threadIdx.x; i < MMA_PIECES; i += MMA_THREADS) {
+        int line = MODE == BACKWARD ? i / 4 : i / 8, piece = MODE == BACKWARD ? i % 4 : i % 8;
+        int col = (MODE == BACKWARD ? r0 : n0) + piece * 8;
+        int row = line + (MODE == WEIGHTS ? begin + step * MMA_STEP : MODE == FORWARD ? r0 : n0);
+        bool inside = col < s.O && row < (MODE == WEIGHTS ? N : s.C);
+        size_t from = (MODE == WEIGHTS ? (size_t)row : (size_t)k * s.C + row) * s.O + col;
+        copy16(at + MMA_OPERAND + line * (MODE == BACKWARD ? MMA_LINE_R : MMA_LINE) + piece * 16,
+               inside ? a->w + from : a->w, inside);
+    }
+    copy_commit();
+}
+
+// A step's products: the warp's 32 x 32 sums from row wm, column wn of the tile.
+template <MmaMode MODE>
+INLINE void mma_multiply(float acc[2][4][4], uint32_t stage, int wm, int wn) {
+    const int lane = threadIdx.x % 32;
+    // Where this lane points ldmatrix: mma wants A as [rows 0-7 | rows 8-15] of r 0-7, then of r
+    // 8-15, and B as r 0-7, then r 8-15, of columns 0-7, then of columns 8-15.
+    const uint32_t a_at =
+        MODE == WEIGHTS ? (lane % 8 + lane / 16 * 8) * MMA_LINE + (wm + lane / 8 % 2 * 8) * 2
+                        : (wm + lane % 16) * MMA_LINE_R + lane / 16 * 16;
+    const uint32_t b_at =
+        MODE == BACKWARD ? (wn + lane % 8 + lane / 16 * 8) * MMA_LINE_R + lane / 8 % 2 * 16
+                         : lane % 16 * MMA_LINE + (wn + lane / 16 * 8) * 2;
+    const int a_r = MODE == WEIGHTS ? MMA_LINE : 2, b_r = MODE == BACKWARD ? 2 : MMA_LINE;
+    const int a_16 = MODE == WEIGHTS ? 32 : 16 * MMA_LINE_R;  // bytes from 16 rows to the next
+    const int b_16 = MODE == BACKWARD ? 16 * MMA_LINE_R : 32;
+#pragma unroll
+    for (int h = 0; h < MMA_STEP; h += 16) {
+        uint32_t fa[2][4], fb[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            ldmatrix<MODE == WEIGHTS>(fa[j], stage + a_at + h * a_r + j * a_16);
+            ldmatrix<MODE != BACKWARD>(fb[j], stage + MMA_OPERAND + b_at + h * b_r + j * b_16);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                mma(acc[j][n], fa[j], fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1]);
+    }
+}
+
+// The sums go through shared memory as bf16, so that each thread finishes eight channels at a time.
+template <MmaMode MODE>
+INLINE void mma_finish(const MmaArgs *a, char *smem, float acc[2][4][4], int m0, int n0, int wm,
+                       int wn) {
+    const int N = a->s.B * a->s.T, width = MODE == FORWARD ? a->s.O : a->s.C;
+    const int lane = threadIdx.x % 32, r = wm + lane / 4, c = wn + 2 * (lane % 4);
+    for (int n = 0; n < 4; n++) {
+        int col = n0 + c + 8 * n;
+        float2 bias = {0, 0};
+        if (MODE == FORWARD && a->end.bias && col < width)
+            bias = *(const float2 *)(a->end.bias + col);
+        for (int j = 0; j < 2; j++)
+            for (int h = 0; h < 2; h++)
+                *(uint32_t *)(smem + (r + 16 * j + 8 * h) * MMA_LINE + (c + 8 * n) * 2) =
+                    pack(acc[j][n][2 * h] + bias.x, acc[j][n][2 * h + 1] + bias.y);
+    }
+    __syncthreads();  // all sums are written before they are read by others
+    for (int i = threadIdx.x; i < MMA_TILE * 8 / 2; i += MMA_THREADS) {
+        int row = i / 64 * 16 + i / 8 % 8, col = n0 + i % 8 * 8;  // and row + 8
+        if (col >= width) continue;
+        const bool inside[2] = {m0 + row < N, m0 + row + 8 < N};
+        size_t first = (size_t)(m0 + row) * width + col;
+        uint4 v[2], side[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        for (int h = 0; h < 2; h++) {
+            v[h] = *(uint4 *)(smem + (row + 8 * h) * MMA_LINE + i % 8 * 16);
+            if (a->end.side && inside[h])
+                side[h] = *(const uint4 *)(a->end.side + first + 8 * h * (size_t)width);
+        }
+        if (MODE == FORWARD)
+            finish_forward8(&a->end, v, side, inside, first, width);
+        else
+            finish_backward8(&a->end, v, side, inside, first, width);
+    }
+}
+
+// A slab's share of dw[tap] as it stands in the accumulators, and of db: two threads summed a
+// column of dy.
+INLINE void mma_store_weights(const MmaArgs *a, char *smem, float acc[2][4][4], float dy_sum,
+                              float *part, int tap, int m0, int n0, int wm, int wn) {
+    const ConvShape s = a->s;
+    const int lane = threadIdx.x % 32, r = m0 + wm + lane / 4, c = n0 + wn + 2 * (lane % 4);
+    for (int j = 0; j < 2; j++)
+        for (int n = 0; n < 4; n++)
+            for (int h = 0; h < 2; h++) {
+                int row = r + 16 * j + 8 * h, col = c + 8 * n;
+                if (row < s.C && col < s.O)
+                    *(float2 *)(part + ((size_t)tap * s.C + row) * s.O + col) =
+                        make_float2(acc[j][n][2 * h], acc[j][n][2 * h + 1]);
+            }
+    if (tap > 0 || m0 > 0) return;
+    float *other = (float *)smem;
+    if (threadIdx.x >= MMA_TILE) other[threadIdx.x - MMA_TILE] = dy_sum;
+    __syncthreads();  // the odd rows' sums are there before they are added
+    int col = n0 + threadIdx.x;
+    if (threadIdx.x < MMA_TILE && col < s.O)
+        part[(size_t)s.K * s.C * s.O + col] = dy_sum + other[threadIdx.x];
+}
+#endif
+
+// Grid: x tiles of m, y tiles of n, z (WEIGHTS) tap + K*slab. y <= 1024 and z <= 528 + K.
+template <MmaMode MODE>
+__global__ void __launch_bounds__(MMA_THREADS) conv_mma(MmaArgs a) {
+#ifdef HAVE_MMA
+    __shared__ __align__(16) char smem[MMA_STAGES * 2 * MMA_OPERAND];
+    const ConvShape s = a.s;
+    const int N = s.B * s.T, warp = threadIdx.x / 32, width = MODE == BACKWARD ? s.O : s.C;
+    const int tap = MODE == WEIGHTS ? blockIdx.z % s.K : 0, slab = blockIdx.z / s.K;
+    const int m0 = blockIdx.x * MMA_TILE, n0 = blockIdx.y * MMA_TILE;
+    const int per_slab = MODE == WEIGHTS ? (N + a.slabs * MMA_STEP - 1) / (a.slabs * MMA_STEP) : 0;
+    const int begin = slab * per_slab * MMA_STEP;
+    const int steps = MODE == WEIGHTS ? per_slab : s.K * ((width + MMA_STEP - 1) / MMA_STEP);
+    const int wm = warp / 2 * 32, wn = warp % 2 * 32;
+    const uint32_t at = shared_addr(smem);
+    const bool with_bias = MODE == WEIGHTS && tap == 0 && m0 == 0;
+    float acc[2][4][4] = {}, dy_sum = 0;
+    for (int i = 0; i < MMA_STAGES - 1; i++)
+        if (i < steps)
+            mma_copy<MODE>(&a, at + i * 2 * MMA_OPERAND, m0, n0, i, begin, tap);
+        else
+            copy_commit();  // an empty group: the waits below count groups
+    for (int i = 0; i < steps; i++) {
+        copy_wait<MMA_STAGES - 2>();
+        // Step i is here for all threads; and all have multiplied step i - 1, whose place the next
+        // copies overwrite.
+        __syncthreads();
+        int next = i + MMA_STAGES - 1, now = i % MMA_STAGES * 2 * MMA_OPERAND;
+        if (next < steps)
+            mma_copy<MODE>(&a, at + next % MMA_STAGES * 2 * MMA_OPERAND, m0, n0, next, begin, tap);
+        else
+            copy_commit();
+        mma_multiply<MODE>(acc, at + now, wm, wn);
+        if (with_bias) {  // two threads a column, one for even rows and one for odd
+            const char *dy = smem + now + MMA_OPERAND + threadIdx.x % MMA_TILE * 2;
+            for (int row = threadIdx.x / MMA_TILE; row < MMA_STEP; row += 2)
+                dy_sum += __bfloat162float(*(const bf16 *)(dy + row * MMA_LINE));
+        }
+    }
+    copy_wait<0>();
+    __syncthreads();  // all have multiplied their last step: the stages may be written over
+    if (MODE == WEIGHTS)
+        mma_store_weights(&a, smem, acc, dy_sum,
+                          a.part + slab * ((size_t)s.K * s.C * s.O + s.O), tap, m0, n0, wm, wn);
+    else
+        mma_finish<MODE>(&a, smem, acc, m0, n0, wm, wn);
+#endif
+}
+
+// dw += the slabs' sums, db likewise, slab by slab: the same order, and bits, every time.
+static __global__ void mma_add_slabs(float *dw, float *db, const float *part, size_t weights, int O,
+                                     int slabs) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= weights + (db ? O : 0)) return;
+    float sum = 0;
+    for (int slab = 0; slab < slabs; slab++) sum += part[slab * (weights + O) + i];
+    if (i < weights)
+        dw[i] += sum;
+    else
+        db[i - weights] += sum;
+}
+
+static bool have_mma(void) {
+    static int known = -1;
+    if (known < 0)
+        known = gpu()->capability >= 80 && compiled_for((const void *)conv_mma<FORWARD>) >= 80;
+    return known;
+}
+static bool mma_takes(ConvShape s) { return have_mma() && s.C % 8 == 0 && s.O % 8 == 0; }
+
+template <MmaMode MODE>
+static void mma_launch(const MmaArgs &a, size_t m, int n, int z) {
+    dim3 grid((unsigned)ceil_div(m, MMA_TILE), (unsigned)ceil_div(n, MMA_TILE), (unsigned)z);
+    conv_mma<MODE><<<grid, MMA_THREADS, 0, gpu_stream>>>(a);
+    LAUNCHED("conv_mma");
+}
+
+static void conv_forward_mma(act *out, act *pre, const act *x, const real *w, const real *b,
+                             const act *res, Dropout drop, ConvShape s, void *work) {
+    MmaArgs a = {(const bf16 *)x, NULL, forward_end(out, pre, b, res, drop), NULL, s, 1};
+    if (mma_takes(s)) a.w = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
+    if (a.w && all_aligned(&a.end, x, a.w))
+        mma_launch<FORWARD>(a, (size_t)s.B * s.T, s.O, 1);
+    else
+        block_rung()->conv_forward(out, pre, x, w, b, res, drop, s, work);
+}
+
+static void conv_backward_input_mma(act *dx, act *da, const act *dy, const real *w, const act *pre,
+                                    Dropout drop, ConvShape s, bool accumulate, void *work) {
+    MmaArgs a = {(const bf16 *)dy, NULL, backward_end(dx, da, pre, drop, accumulate), NULL, s, 1};
+    if (mma_takes(s)) a.w = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
+    if (a.w && all_aligned(&a.end, dy, a.w))
+        mma_launch<BACKWARD>(a, (size_t)s.B * s.T, s.C, 1);
+    else
+        block_rung()->conv_backward_input(dx, da, dy, w, pre, drop, s, accumulate, work);
+}
+
+// Tiles of dw, and slabs of at least 256 rows: enough blocks to be busy.
+static size_t mma_tiles(int K, int C, int O) {
+    return K * ceil_div(C, MMA_TILE) * ceil_div(O, MMA_TILE);
+}
+static int mma_slabs(ConvShape s) {
+    size_t slabs = MMA_BLOCKS / mma_tiles(s.K, s.C, s.O);
+    size_t most = ceil_div((size_t)s.B * s.T, 8 * MMA_STEP);
+    return slabs < 1 ? 1 : (int)(slabs < most ? slabs : most);
+}
+
+static void conv_backward_weight_mma(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    bool takes = mma_takes(s) && aligned16(work);
+    for (int i = 0; i < n; i++)
+        takes = takes && aligned16(jobs[i].x) && aligned16(jobs[i].dy);
+    if (!takes) {
+        block_rung()->conv_backward_weight(jobs, n, s, work);
+        return;
+    }
+    size_t weights = (size_t)s.K * s.C * s.O;
+    for (int i = 0; i < n; i++) {  // one after the other in the same scratch
+        MmaArgs a = {(const bf16 *)jobs[i].x, (const bf16 *)jobs[i].dy, ConvEnd(), (float *)work, s,
+                     mma_slabs(s)};
+        a.s.dil = jobs[i].dil;
+        mma_launch<WEIGHTS>(a, (size_t)s.C, s.O, s.K * a.slabs);
+        mma_add_slabs<<<(unsigned)ceil_div(weights + s.O, 256), 256, 0, gpu_stream>>>(
+            jobs[i].dw, jobs[i].db, a.part, weights, s.O, a.slabs);
+        LAUNCHED("mma_add_slabs");
+    }
+}
+
+// ---- Hopper's instructions, one wrapper each
+//
+// PTX ISA: mbarrier, griddepcontrol, cp.async.bulk.tensor, setmaxnreg, and the chapter
+// "Asynchronous Warpgroup Level Matrix Instructions" with its "Matrix Descriptor Format".
+
+#ifdef HAVE_WGMMA
+// A barrier in shared memory counts arrivals and bytes still to come; when both are zero its phase
+// flips. wait(parity) returns once the phase of that parity is over.
+INLINE void mbarrier_init(uint32_t bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals));
+}
+INLINE void mbarrier_expect(uint32_t bar, int bytes) {  // one arrival, and `bytes` to come
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+                 : "memory");
+}
+INLINE void mbarrier_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+INLINE void mbarrier_wait(uint32_t bar, int parity) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+}
+// Barriers that were set up become visible to the copy engine.
+INLINE void mbarrier_init_fence(void) {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Dependent launches: blocks of the next kernel may take the places of ours that are done, and set
+// up; wait_for_previous returns when all of the kernel before is done and its writes are visible.
+INLINE void let_next_start(void) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+INLINE void wait_for_previous(void) { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The copy engine: a box of a tensor map goes to shared memory, zeros where the box leaves the
+// tensor; `bar` hears of its bytes. c0 counts values, c1 rows.
+INLINE void tensor_copy(uint32_t dst, const CUtensorMap *map, uint32_t bar, int c0, int c1,
+                        int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+// Registers move from warpgroups that need few to those that need many.
+template <int N>
+INLINE void registers_down(void) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+INLINE void registers_up(void) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// wgmma: the four warps of a warpgroup multiply A (64 x 16) by B (16 x N), both in shared memory.
+// A descriptor says where an operand lies. With SWIZZLE_x, rows of x bytes follow each other, and
+// the 16-byte units of a row are permuted by the row's number, so that units of one column lie in
+// different banks. The hardware permutes by bits of the address (7 and up into 4 and up), as the
+// copy engine does when it writes; so an operand may start at any row of what was copied, which
+// is what makes a tap free.
+//   stride: bytes from 8 rows to the next 8.   lead: only for an operand with its summed index
+//   outside: bytes from one column of x-byte rows to the next.
+#define SWIZZLE_128 (1u << 30)
+#define SWIZZLE_64 (2u << 30)
+typedef struct {
+    uint32_t lo, hi;  // of the descriptor; lo holds the address in units of 16 bytes
+} Operand;
+INLINE Operand operand(uint32_t swizzle, uint32_t addr, int lead, int stride) {
+    Operand o = {addr >> 4 | (uint32_t)(lead >> 4) << 16, (uint32_t)(stride >> 4) | swizzle};
+    return o;
+}
+INLINE Operand operand_at(Operand o, int bytes) {  // the same operand, bytes further on
+    o.lo += bytes >> 4;
+    return o;
+}
+INLINE void wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+INLINE void wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+INLINE void wgmma_wait(void) {  // for all but the last PENDING groups
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// clang-format off
+#define ACC8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
+                   "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define ACC32(d, i) ACC8(d, i), ACC8(d, i + 8), ACC8(d, i + 16), ACC8(d, i + 24)
+#define REGS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define REGS64                                                                                   \
+    REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,"   \
+    "%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"   \
+    "%58,%59,%60,%61,%62,%63"
+#define REGS128                                                                                  \
+    REGS64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"   \
+    "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"  \
+    "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122," \
+    "%123,%124,%125,%126,%127"
+// clang-format on
+
+// acc (64 x N) += A B, or = A B where !add. Thread i of the warpgroup holds of rows
+// r = i/32*16 + i%32/4 and r + 8 the columns 8j + 2(i%4) and the next, j = 0..N/8-1:
+// acc[4j], acc[4j+1] of row r, acc[4j+2], acc[4j+3] of row r + 8.
+// TURN_x: operand x has its summed index outside.
+template <int TURN_A, int TURN_B>
+INLINE void wgmma_n32(float acc[16], Operand a, Operand b, int add) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %20, 0;\n"
+        "mov.b64 a, {%16, %17}; mov.b64 b, {%18, %19};\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" REGS16
+        "}, a, b, p, 1, 1, %21, %22; }"
+        : ACC8(acc, 0), ACC8(acc, 8)
+        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
+}
+template <int TURN_A, int TURN_B>
+INLINE void wgmma_n128(float acc[64], Operand a, Operand b, int add) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %68, 0;\n"
+        "mov.b64 a, {%64, %65}; mov.b64 b, {%66, %67};\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGS64
+        "}, a, b, p, 1, 1, %69, %70; }"
+        : ACC32(acc, 0), ACC32(acc, 32)
+        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
+}
+template <int TURN_A, int TURN_B>
+INLINE void wgmma_n256(float acc[128], Operand a, Operand b, int add) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %132, 0;\n"
+        "mov.b64 a, {%128, %129}; mov.b64 b, {%130, %131};\n"
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" REGS128
+        "}, a, b, p, 1, 1, %133, %134; }"
+        : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)
+        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
+}
+
+// A ring of stages in shared memory, filled by copies and emptied by products in the same order.
+typedef struct {
+    int slot, phase;  // phase: parity of the barriers' phase to wait for
+} Ring;
+INLINE void ring_skip(Ring *r, int n, int slots) {
+    r->slot += n;
+    while (r->slot >= slots) {
+        r->slot -= slots;
+        r->phase ^= 1;
+    }
+}
+#endif
+
+enum {
+    SHARED_BYTES = 227 * 1024,  // all that a block can have on Hopper
+    MAX_SLOTS = 16,
+    BARRIER_BYTES = 512,
+    MAX_HALO = 192,  // rows: with a tile of 64, all that a box of a tensor map can have
+    SUM_TILE = 64,   // rows of a tile; a wgmma has 64
+};
+
+// ---- Rung 5: wgmma, forward and backward to the input
+//
+//   sums (64 rows, TILE_O) = sum over taps k and channels of  x[rows moved by k*dil] w[k]
+//
+// Bound before: operands on their way to the tensor cores, from L2 and through registers.
+// Count for C = O = 256, K = 3, a tile of 64 rows x 128 channels: 64*128*768*2 = 12.6 MFLOP, 3072
+// cycles of a multiprocessor's tensor cores. It needs 72 rows of 512 bytes and 196,608 bytes of
+// weights. These are the problem: fetched for every tile they would be 64 bytes a cycle, where L2
+// gives about 24.
+// Idea: a block keeps the weights of its 128 output channels in shared memory for its whole life,
+// one block to a multiprocessor, and lets the rows pass by. They come through a ring of stages of
+// 32 channels; a tap is the same stage from another row on, so three taps cost one copy and a halo
+// of (K-1)*dil rows. Tensor cores read shared memory themselves.
+// Saved: L2 traffic falls to 12 bytes a cycle, and no operand passes a register.
+// Cost: 196,608 bytes before the first product: up to some 1000 rows a layer's time is mostly that.
+// So where all blocks fit, they are of 32 channels and fetch a quarter each.
+// Measured: 32768 rows forward 112 -> 23.2 us. At 131072 rows "residual" and "through GELU" move
+// 268 MB at 2.3 to 2.5 TB/s: device memory is their bound.
+//
+//   shared memory   | weights: chunk 0 (taps 0, 1, 2) | chunk 1 | ..  192 KB
+//                   | ring: stage 0 | stage 1 | .. 7 of 4.5 KB | barriers |
+//   a chunk         64 summed channels x TILE_O made, per tap; rows of 128 bytes, swizzled
+//   a stage         64 + (K-1)*dil rows x 32 channels; rows of 64 bytes, swizzled
+//   forward reads   [ halo = (K-1)*dil | 64 rows ]    tap k starts at row (K-1-k)*dil
+//   backward reads  [ 64 rows | halo = (K-1)*dil ]    tap k starts at row k*dil
+//
+// Rows before a sequence's first, and after its last, are zeros by the tensor map, which has a
+// dimension for time and one for the sequence: no tap ever sees another sequence.
+//
+//   one thread   copies weights, then stages, as slots become free
+//   group 0      | multiply tile 0 | finish tile 0 . . . . . . . | multiply tile 3 | finish ..
+//   group 1                        | multiply tile 1 | finish tile 1 . . . . . . . | multiply 4
+//   group 2                                          | multiply tile 2 | finish tile 2 . . . .
+//
+// Three warpgroups take turns at the tensor cores: while one multiplies, the others finish theirs:
+// bias, GELU, dropout, residual, 16-byte stores.
+//
+// Barriers:    waits, for                                              prevents
+//   full       group, until a stage's bytes have come                  multiplying what lay there
+//   empty      the copying thread, until 4 warps multiplied a stage    overwriting it before
+//   weights    group, until a tap of a chunk has come                  multiplying garbage
+//   order      group, until the group before queued its last product   all three multiplying at a
+//              time, and then all finishing at a time with idle tensor cores; no data depends on it
+//
+// Dependent launches, and why the weights may be fetched before wait_for_previous: weights and
+// their bf16 copy are written by sync_params and optimize, which are launched plainly, as is the
+// kernel after them (draw_batch or embed_forward; a conv is never first). A plain launch starts
+// when everything before it is done, so the weights are whole before that kernel starts, and so
+// before any block of ours can. Weights that are not in that copy are converted by the kernel right
+// before ours: then ours is launched plainly, too (`settled` false). All else waits: x, side, bias
+// and the step's number may come from the kernel before, and what is written may still be read
+// there. A kernel that is not launched in this way needs neither call, and loses only the overlap.
+//
+// Tried and dropped (us, C = 256, 16384 rows unless said): clusters of 2 and 4 blocks that share
+// copies of weights, 13.5 and 15.1 for 12.1; two warpgroups for three, 27.0 for 23.9 at 32768;
+// several layers in one launch, 4.6 for 3.1 at 128 rows; reading side late, 34.5 for 29.2 at 32768;
+// finishing all 128 columns at once, 15.0 for 14.1.
+
+enum {
+    CHUNK_C = 64,               // channels of a chunk of weights
+    CHUNK_BYTES = CHUNK_C * 2,  // of a chunk's tap, for each channel of TILE_O
+    MAX_WEIGHTS = 12,           // taps of chunks in shared memory
+    STEP_C = 32,                // channels of a stage: half a chunk
+    STEP_BYTES = STEP_C * 2,    // of a stage's row
+    CONV_GROUPS = 3,
+    CONV_THREADS = CONV_GROUPS * 128 + 128,  // setmaxnreg gives registers to whole warpgroups
+    GROUP_REGISTERS = 160,
+    COPY_REGISTERS = 32,
+    SMALL_BLOCKS = 128,  // as many blocks of 32 channels find a multiprocessor each
+};
+static_assert(128 * (CONV_GROUPS * GROUP_REGISTERS + COPY_REGISTERS) <= 65536, "registers");
+static_assert(8 * (MAX_WEIGHTS + 2 * MAX_SLOTS + CONV_GROUPS) <= BARRIER_BYTES, "barriers");
+static_assert(CHUNK_C == 2 * STEP_C, "a chunk of weights is two stages of rows");
+
+typedef struct {
+    CUtensorMap x, w;  // x: (C,T,B), innermost first;  w: (O,C,K)
+    ConvEnd end;
+    int T, n_in, n_out, dil, tiles_per_seq, tiles, slots, stage_bytes, stage_rows;
+} ConvArgs;
+
+#ifdef HAVE_WGMMA
+// Where the barriers lie behind the ring.
+typedef struct {
+    uint32_t weights, full, empty, order;
+} ConvBarriers;
+INLINE ConvBarriers conv_barriers(uint32_t at) {
+    ConvBarriers b = {at, at + 8 * MAX_WEIGHTS, at + 8 * (MAX_WEIGHTS + MAX_SLOTS),
+                      at + 8 * (MAX_WEIGHTS + 2 * MAX_SLOTS)};
+    return b;
+}
+
+// All taps of a chunk: 64 summed channels by the block's TILE_O. A swizzled row holds 64 channels
+// and a box is no longer than that: 128 come as two boxes.
+template <bool BACKWARD, int TAPS, int TILE_O>
+INLINE void copy_weights(const ConvArgs *a, uint32_t weights, uint32_t bar, int chunk, int out0) {
+    enum { TAP_BYTES = CHUNK_BYTES * TILE_O, BOXES = TILE_O > 64 ? 2 : 1 };
+    const int o = BACKWARD ? chunk * CHUNK_C : out0, c = BACKWARD ? out0 : chunk * CHUNK_C;
+    for (int k = 0; k < TAPS; k++) {
+        uint32_t dst = weights + (chunk * TAPS + k) * TAP_BYTES;
+        uint32_t full = bar + 8 * (chunk * TAPS + k);
+        mbarrier_expect(full, TAP_BYTES);
+        for (int p = 0; p < BOXES; p++)
+            tensor_copy(dst + p * TAP_BYTES / 2, &a->w, full, o + p * 64 * !BACKWARD,
+                        c + p * 64 * BACKWARD, k);
+    }
+}
+
+// One thread's work: the weights once, two chunks ahead of the products, and the stages in the
+// order of the block's tiles.
+template <bool BACKWARD, int TAPS, int TILE_O>
+INLINE void conv_copy(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBarriers bar,
+                      int first, int stride, int out0) {
+    const int chunks = (a->n_in + CHUNK_C - 1) / CHUNK_C;
+    int chunk = 0;
+    for (; chunk < 2 && chunk < chunks; chunk++)
+        copy_weights<BACKWARD, TAPS, TILE_O>(a, weights, bar.weights, chunk, out0);
+    wait_for_previous();  // before x is read: the kernel before may have made it
+    Ring r = {0, 1};      // the first wait for each slot falls through: it is empty
+    for (int tile = first; tile < a->tiles; tile += stride) {
+        int b = tile / a->tiles_per_seq, t0 = tile % a->tiles_per_seq * SUM_TILE;
+        if (!BACKWARD) t0 -= (TAPS - 1) * a->dil;
+        for (int step = 0; step < 2 * chunks; step++) {
+            mbarrier_wait(bar.empty + 8 * r.slot, r.phase);
+            mbarrier_expect(bar.full + 8 * r.slot, a->stage_rows * STEP_BYTES);
+            tensor_copy(ring + r.slot * a->stage_bytes, &a->x, bar.full + 8 * r.slot,
+                        step * STEP_C, t0, b);
+            ring_skip(&r, 1, a->slots);
+            if (chunk < chunks && step % 2 == 1)
+                copy_weights<BACKWARD, TAPS, TILE_O>(a, weights, bar.weights, chunk++, out0);
+        }
+    }
+}
+
+// Four neighbouring lanes exchange four words each: lane q ends with word q of all four, in the
+// order of lanes. Accumulators have 2 columns of four groups of 8 in a lane; afterwards a lane has
+// 8 columns of one group: one 16-byte store, and one draw of dropout.
+INLINE void transpose_quad(uint32_t w[4]) {
+    const unsigned all = 0xFFFFFFFFu;
+    int q = threadIdx.x;
+    uint32_t send0 = q & 1 ? w[0] : w[1], send1 = q & 1 ? w[2] : w[3];
+    send0 = __shfl_xor_sync(all, send0, 1);
+    send1 = __shfl_xor_sync(all, send1, 1);
+    if (q & 1)
+        w[0] = send0, w[2] = send1;
+    else
+        w[1] = send0, w[3] = send1;
+    send0 = q & 2 ? w[0] : w[2], send1 = q & 2 ? w[1] : w[3];
+    send0 = __shfl_xor_sync(all, send0, 2);
+    send1 = __shfl_xor_sync(all, send1, 2);
+    if (q & 2)
+        w[0] = send0, w[1] = send1;
+    else
+        w[2] = send0, w[3] = send1;
+}
+
+// A tile's sums become activations, 32 columns of two rows at a time: more would not fit into
+// registers beside the sums. i0: element of the lane's first eight, `left` columns from there on.
+template <bool BACKWARD, int TILE_O>
+INLINE void finish_tile(const ConvArgs *a, const float *acc, uint4 *side, const bool *inside,
+                        size_t i0, int out0, int left) {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int g = 0; g < TILE_O / 32; g++) {
+        uint32_t w[2][4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            int j = 4 * g + m, col = out0 + 8 * j + 2 * q;
+            float2 bias = {0, 0};
+            if (!BACKWARD && a->end.bias && col < a->n_out)
+                bias = *(const float2 *)(a->end.bias + col);
+            w[0][m] = pack(acc[4 * j] + bias.x, acc[4 * j + 1] + bias.y);
+            w[1][m] = pack(acc[4 * j + 2] + bias.x, acc[4 * j + 3] + bias.y);
+        }
+        transpose_quad(w[0]);
+        transpose_quad(w[1]);
+        uint4 v[2] = {make_uint4(w[0][0], w[0][1], w[0][2], w[0][3]),
+                      make_uint4(w[1][0], w[1][1], w[1][2], w[1][3])};
+        if (32 * g >= left) continue;
+        if (BACKWARD)
+            finish_backward8(&a->end, v, side + 2 * g, inside, i0 + 32 * g, a->n_out);
+        else
+            finish_forward8(&a->end, v, side + 2 * g, inside, i0 + 32 * g, a->n_out);
+    }
+}
+
+// The products of one stage of 32 channels, `half` of its chunk: 2 * TAPS wgmma.
+template <bool BACKWARD, int TAPS, int TILE_O>
+INLINE void multiply_stage(float *acc, Operand x, Operand w, int half, int shift, bool add) {
+    enum { TAP_BYTES = CHUNK_BYTES * TILE_O, ROW_BYTES = BACKWARD || TILE_O >= 64 ? 128 : 64 };
+    const int w_step = BACKWARD ? 2 : ROW_BYTES;  // bytes from one summed channel to the next
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < TAPS; k++)
+#pragma unroll
+        for (int i = 0; i < STEP_C / 16; i++) {
+            Operand x_k = operand_at(x, (BACKWARD ? k : TAPS - 1 - k) * shift + i * 32);
+            Operand w_k = operand_at(w, k * TAP_BYTES + (half * STEP_C + i * 16) * w_step);
+            if (TILE_O == 32)
+                wgmma_n32<0, !BACKWARD>(acc, x_k, w_k, add | k | i);
+            else
+                wgmma_n128<0, !BACKWARD>(acc, x_k, w_k, add | k | i);
+        }
+    wgmma_commit();
+}
+
+// A warpgroup's work: every CONV_GROUPS-th of the block's tiles.
+template <bool BACKWARD, int TAPS, int TILE_O>
+INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBarriers bar,
+                          int first, int stride, int out0, int group) {
+    enum { TAP_BYTES = CHUNK_BYTES * TILE_O, ROW_BYTES = BACKWARD || TILE_O >= 64 ? 128 : 64 };
+    const int chunks = (a->n_in + CHUNK_C - 1) / CHUNK_C;
+    const int lane = threadIdx.x % 32, q = lane % 4;
+    const int row0 = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row0 + 8, as wgmma has them
+    const int left = a->n_out - out0 - 8 * q;
+    const Operand x_op = operand(SWIZZLE_64, ring, 16, 8 * STEP_BYTES);
+    // Backward the summed channels of w lie side by side, forward those that are made.
+    const Operand w_op = operand(ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64, weights,
+                                 TAP_BYTES / 2, 8 * ROW_BYTES);
+    const int shift = a->dil * STEP_BYTES;  // bytes from a tap's rows to the next tap's
+    float acc[TILE_O / 2];
+    wait_for_previous();  // before side is read and anything is written
+    Ring r = {0, 0};
+    ring_skip(&r, group * 2 * chunks, a->slots);
+    int n = group;  // the tile's number in the block
+    for (int tile = first + group * stride; tile < a->tiles; tile += CONV_GROUPS * stride) {
+        const int b = tile / a->tiles_per_seq, t0 = tile % a->tiles_per_seq * SUM_TILE;
+        const size_t i0 = ((size_t)b * a->T + t0 + row0) * a->n_out + out0 + 8 * q;
+        const bool inside[2] = {t0 + row0 < a->T, t0 + row0 + 8 < a->T};
+        uint4 side[TILE_O / 16];  // read now: the products hide how long it takes
+#pragma unroll
+        for (int j = 0; j < TILE_O / 16; j++) {
+            side[j] = make_uint4(0, 0, 0, 0);
+            if (a->end.side && inside[j % 2] && 32 * (j / 2) < left)
+                side[j] = *(const uint4 *)(a->end.side + i0 + 32 * (j / 2) +
+                                           j % 2 * 8 * (size_t)a->n_out);
+        }
+        // Few instructions from here: the tensor cores take 64 cycles for a wgmma, and a warp needs
+        // 4 or 5 for each of its instructions.
+        if (n > 0) mbarrier_wait(bar.order + 8 * group, (n - 1) / CONV_GROUPS & 1);
+        Operand x = operand_at(x_op, r.slot * a->stage_bytes), w = w_op;
+        uint32_t full = bar.full + 8 * r.slot, before = 0;
+        for (int c = 0; c < chunks; c++) {
+            if (n < CONV_GROUPS)
+                for (int k = 0; k < TAPS; k++) mbarrier_wait(bar.weights + 8 * (c * TAPS + k), 0);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                mbarrier_wait(full, r.phase);
+                multiply_stage<BACKWARD, TAPS, TILE_O>(acc, x, w, half, shift, c | half);
+                if (half > 0 || c > 0) {  // the stage before is multiplied: its slot is free
+                    wgmma_wait<1>();
+                    if (lane == 0) mbarrier_arrive(before);
+                }
+                before = full + 8 * MAX_SLOTS;  // the slot's `empty`
+                full += 8;
+                x = operand_at(x, a->stage_bytes);
+                if (++r.slot == a->slots) {
+                    r.slot = 0;
+                    r.phase ^= 1;
+                    full = bar.full;
+                    x = x_op;
+                }
+            }
+            w = operand_at(w, TAPS * TAP_BYTES);
+        }
+        // The next group's products may queue behind our last.
+        if (lane == 0) mbarrier_arrive(bar.order + 8 * ((group + 1) % CONV_GROUPS));
+        wgmma_wait<0>();
+        if (lane == 0) mbarrier_arrive(before);
+        ring_skip(&r, (CONV_GROUPS - 1) * 2 * chunks, a->slots);  // the others' stages
+        n += CONV_GROUPS;
+        finish_tile<BACKWARD, TILE_O>(a, acc, side, inside, i0, out0, left);
+    }
+}
+#endif
+
+template <bool BACKWARD, int TAPS, int TILE_O>
+__global__ void __launch_bounds__(CONV_THREADS, 1)
+    conv_wgmma(const __grid_constant__ ConvArgs a) {
+#ifdef HAVE_WGMMA
+    extern __shared__ __align__(1024) char smem[];  // swizzling goes by address
+    // Through a shuffle, so that nvcc knows that it is the same in all of a warp.
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+    const int chunks = (a.n_in + CHUNK_C - 1) / CHUNK_C, parts = (a.n_out + TILE_O - 1) / TILE_O;
+    const int out0 = blockIdx.x % parts * TILE_O, first = blockIdx.x / parts;
+    const int stride = gridDim.x / parts;
+    const uint32_t weights = shared_addr(smem);
+    const uint32_t ring = weights + chunks * TAPS * CHUNK_BYTES * TILE_O;
+    const ConvBarriers bar = conv_barriers(ring + a.slots * a.stage_bytes);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < chunks * TAPS; i++) mbarrier_init(bar.weights + 8 * i, 1);
+        for (int i = 0; i < a.slots; i++) mbarrier_init(bar.full + 8 * i, 1);
+        for (int i = 0; i < a.slots; i++) mbarrier_init(bar.empty + 8 * i, 4);
+        for (int i = 0; i < CONV_GROUPS; i++) mbarrier_init(bar.order + 8 * i, 4);
+        mbarrier_init_fence();
+    }
+    let_next_start();
+    __syncthreads();  // no copy and no arrival may reach a barrier that is not set up yet
+    if (warp < 4 * CONV_GROUPS) {
+        registers_up<GROUP_REGISTERS>();
+        conv_multiply<BACKWARD, TAPS, TILE_O>(&a, weights, ring, bar, first, stride, out0,
+                                              warp / 4);
+    } else {
+        registers_down<COPY_REGISTERS>();
+        if (threadIdx.x == 128 * CONV_GROUPS)
+            conv_copy<BACKWARD, TAPS, TILE_O>(&a, weights, ring, bar, first, stride, out0);
+    }
+#endif
+}
+
+// ---- Rung 5: wgmma, backward to the weights
+//
+//     dw[k] (C,O) = sum over rows of  x[row - k*dil]^T  dy[row]
+//
+// Both operands have the summed index, time, outside; wgmma turns them.
+// Idea: a block sums 3 taps x 64 channels c x 256 channels o, 196,608 bytes of float32, three
+// quarters of the registers, over a slab of rows; warpgroup k owns tap k. (K = 1: two warpgroups,
+// 64 channels c each.) Thread 0 copies between its products, because sums have all the registers.
+// Count: a stage of 64 rows is 64*256*64*3*2 = 6.3 MFLOP, 1536 cycles of tensor cores, and 41 KB
+// from L2, 27 bytes a cycle: both nearly bind.
+// Cost: C = O = 256 are only 4 such tiles, so 33 slabs are summed at a time, and their partial
+// sums, 26 MB whatever N is, are written, then read once by a second kernel: 14 us. So a launch
+// takes up to MAX_WEIGHT_JOBS layers: three share that cost.
+// Measured: 131072 rows 85.7 us alone (601 TFLOP/s), 70.3 each where three share (733).
+//
+//   shared memory   | stage 0 | stage 1 | .. 5 of 41 KB | barriers full, empty |
+//   a stage         | dy: 4 x [64 rows x 64 o] | x: CHUNKS x [64 + (K-1)*dil rows x 64 c] |
+//                   rows of 128 bytes, swizzled;  tap k starts at row (K-1-k)*dil of x
+//   step i          wait for stage i | queue its products | add up dy for db |
+//                   wait for products i - 1 and free its stage | thread 0: refill that of i - 2
+//
+// Barriers: `full` as above. `empty`: thread 0 waits until all warps have multiplied a stage, and
+// added it up, before the copy overwrites it.
+// Tried and dropped: sharing dy among a cluster, 69.9 us for 67.3 (131072 rows); wgmma with
+// setmaxnreg and a copying warpgroup, which ptxas does not give more than 128 registers.
+
+enum {
+    DY_BYTES = SUM_TILE * 256 * 2,  // of a stage
+    DY_PART = SUM_TILE * 128,       // of its 64 columns
+    WEIGHT_O = 256,                 // channels o of a block
+    FEW_ROWS = 4096,
+    FEW_BLOCKS = 64,
+    REDUCE_THREADS = 256,
+};
+
+typedef struct {
+    CUtensorMap x, dy;  // (C,T,B) and (O,T,B), innermost first
+    float *dw, *db;
+    int dil, x_rows;  // rows of x in a stage
+} WeightSum;
+typedef struct {
+    WeightSum job[MAX_WEIGHT_JOBS];
+    float4 *part;    // (job, o tile, group, slab, 32, threads): the accumulators as they stand
+    float *db_part;  // (job, slab, O)
+    int C, O, K, steps_per_seq, steps, slabs, groups, o_tiles, slots, x_bytes;
+} WeightArgs;
+
+#ifdef HAVE_WGMMA
+// Sends for step `step` of all, as the ring's `slot`.
+template <int CHUNKS>
+INLINE void copy_step(const WeightArgs *a, const WeightSum *job, uint32_t ring, int stage_bytes,
+                      int step, int slot, int group, int o_tile) {
+    const uint32_t stage = ring + slot * stage_bytes;
+    const uint32_t full = ring + a->slots * stage_bytes + 8 * slot;
+    const int b = step / a->steps_per_seq, t0 = step % a->steps_per_seq * SUM_TILE;
+    mbarrier_expect(full, DY_BYTES + CHUNKS * job->x_rows * 128);
+    for (int c = 0; c < CHUNKS; c++)
+        tensor_copy(stage + DY_BYTES + c * a->x_bytes, &job->x, full, (group * CHUNKS + c) * 64,
+                    t0 - (a->K - 1) * job->dil, b);
+    for (int o = 0; o < 4; o++)
+        tensor_copy(stage + o * DY_PART, &job->dy, full, o_tile * WEIGHT_O + o * 64, t0, b);
+}
+
+// db: the blocks of a slab share out dy's four parts of 64 columns; eight warps add 8 rows each, a
+// lane two neighbouring columns. The copy engine has permuted a row's 16-byte units by its number.
+INLINE void sum_dy(float2 sum[4], const char *stage, int group, int groups, int warp, int lane) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        if (warp >= 8 || group + n * groups >= 4) break;
+        const char *dy = stage + (group + n * groups) * DY_PART + warp * 8 * 128;
+#pragma unroll
+        for (int row = 0; row < 8; row++) {
+            uint32_t w = *(const uint32_t *)(dy + row * 128 + ((lane * 4) ^ (row * 16)));
+            sum[n].x += low(w), sum[n].y += high(w);
+        }
+    }
+}
+
+// The eight warps' sums of each column meet in shared memory.
+INLINE void store_dy_sum(const WeightArgs *a, char *smem, const float2 sum[4], float *db_part,
+                         int o0, int group, int warp, int lane) {
+    float2 *sums = (float2 *)smem;
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+        if (warp < 8) sums[(n * 8 + warp) * 32 + lane] = sum[n];
+    __syncthreads();  // all eight are written before one warp adds them
+    const int part = group + warp * a->groups, col = o0 + part * 64 + 2 * lane;
+    if (warp >= 4 || part >= 4 || col >= a->O) return;
+    float2 total = {0, 0};
+    for (int i = 0; i < 8; i++) {
+        total.x += sums[(warp * 8 + i) * 32 + lane].x;
+        total.y += sums[(warp * 8 + i) * 32 + lane].y;
+    }
+    *(float2 *)(db_part + col) = total;
+}
+#endif
+
+// Grid: x groups of 64*CHUNKS channels c, y slabs, z (job, tile of 256 channels o).
+template <int TAPS, int CHUNKS>
+__global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
+    weight_wgmma(const __grid_constant__ WeightArgs a) {
+#ifdef HAVE_WGMMA
+    enum { WARPS = TAPS * CHUNKS * 4, THREADS = WARPS * 32 };
+    extern __shared__ __align__(1024) char smem[];
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+    const int group = blockIdx.x, slab = blockIdx.y;
+    const int job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles;
+    const WeightSum *job = &a.job[job_n];
+    const int stage_bytes = DY_BYTES + CHUNKS * a.x_bytes;
+    const uint32_t ring = shared_addr(smem), full = ring + a.slots * stage_bytes;
+    const uint32_t empty = full + 8 * MAX_SLOTS;
+    const int begin = (int)((int64_t)a.steps * slab / a.slabs);
+    const int end = (int)((int64_t)a.steps * (slab + 1) / a.slabs);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < a.slots; i++) {
+            mbarrier_init(full + 8 * i, 1);
+            mbarrier_init(empty + 8 * i, WARPS);
+        }
+        mbarrier_init_fence();
+    }
+    let_next_start();
+    __syncthreads();      // no copy and no arrival may reach a barrier that is not set up yet
+    wait_for_previous();  // before x and dy are read, and the scratch of a launch before is written
+    if (threadIdx.x == 0)
+        for (int i = 0; i < a.slots && begin + i < end; i++)
+            copy_step<CHUNKS>(&a, job, ring, stage_bytes, begin + i, i, group, o_tile);
+
+    const int tap = warp / 4 % TAPS, chunk = warp / 4 / TAPS;
+    const Operand dy_op = operand(SWIZZLE_128, ring, DY_PART, 1024);
+    const Operand x_op = operand_at(
+        dy_op, DY_BYTES + chunk * a.x_bytes + (a.K - 1 - tap) * job->dil * 128);
+    float acc[128];
+    float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
+    Ring r = {0, 0}, refill = {0, 0};  // refill: the slot of step i - 2
+    for (int i = begin; i < end; i++) {
+        const Operand x = operand_at(x_op, r.slot * stage_bytes);
+        const Operand dy = operand_at(dy_op, r.slot * stage_bytes);
+        mbarrier_wait(full + 8 * r.slot, r.phase);
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < SUM_TILE / 16; s++)
+            wgmma_n256<1, 1>(acc, operand_at(x, s * 2048), operand_at(dy, s * 2048),
+                             (i - begin) | s);
+        wgmma_commit();
+        sum_dy(sum, smem + r.slot * stage_bytes, group, a.groups, warp, lane);
+        if (i > begin) {
+            wgmma_wait<1>();
+            int before = r.slot ? r.slot - 1 : a.slots - 1;
+            if (lane == 0) mbarrier_arrive(empty + 8 * before);
+        }
+        ring_skip(&r, 1, a.slots);
+        if (i - begin < 2) continue;
+        if (threadIdx.x == 0 && i - 2 + a.slots < end) {
+            mbarrier_wait(empty + 8 * refill.slot, refill.phase);
+            copy_step<CHUNKS>(&a, job, ring, stage_bytes, i - 2 + a.slots, refill.slot, group,
+                              o_tile);
+        }
+        __syncwarp();  // wgmma wants its warps whole
+        ring_skip(&refill, 1, a.slots);
+    }
+    wgmma_wait<0>();
+    __syncthreads();  // the ring is free for db's sums: no warp reads or multiplies in it any more
+    float4 *part = a.part + threadIdx.x +
+                   (((size_t)blockIdx.z * a.groups + group) * a.slabs + slab) * 32 * THREADS;
+#pragma unroll
+    for (int j = 0; j < 32; j++)
+        part[j * THREADS] =
+            make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+    store_dy_sum(&a, smem, sum, a.db_part + ((size_t)job_n * a.slabs + slab) * a.O,
+                 o_tile * WEIGHT_O, group, warp, lane);
+#endif
+}
+
+// dw += the slabs' sums in the order of slabs: the same bits every time. A thread takes what one
+// float4 of an accumulator holds (wgmma_n256); neighbouring threads read neighbouring float4.
+// Grid: x the float4 of a block's sums, y its group (one more for db), z (job, tile of o).
+template <int TAPS, int CHUNKS>
+__global__ void add_weight_slabs(const __grid_constant__ WeightArgs a) {
+#ifdef HAVE_WGMMA
+    enum { THREADS = TAPS * CHUNKS * 128 };
+    let_next_start();
+    wait_for_previous();  // before the sums are read
+    const int job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles, group = blockIdx.y;
+    const WeightSum *job = &a.job[job_n];
+    if (group == a.groups) {
+        int o = o_tile * WEIGHT_O + threadIdx.x;
+        if (blockIdx.x > 0 || o >= a.O || !job->db) return;
+        float sum = 0;
+        for (int s = 0; s < a.slabs; s++)
+            sum += a.db_part[((size_t)job_n * a.slabs + s) * a.O + o];
+        job->db[o] += sum;
+        return;
+    }
+    int i = blockIdx.x * REDUCE_THREADS + threadIdx.x, j = i / THREADS, thread = i % THREADS;
+    const float4 *part =
+        a.part + ((size_t)blockIdx.z * a.groups + group) * a.slabs * 32 * THREADS + i;
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll 11
+    for (int s = 0; s < a.slabs; s++) {
+        float4 p = part[(size_t)s * 32 * THREADS];
+        sum.x += p.x, sum.y += p.y, sum.z += p.z, sum.w += p.w;
+    }
+    int wg = thread / 128, tap = wg % TAPS, chunk = wg / TAPS, lane = thread % 32;
+    int c = (group * CHUNKS + chunk) * 64 + thread % 128 / 32 * 16 + lane / 4;
+    int o = o_tile * WEIGHT_O + 8 * j + 2 * (lane % 4);
+    if (o >= a.O) return;
+    float2 *dw = (float2 *)(job->dw + ((size_t)tap * a.C + c) * a.O + o);
+    if (c < a.C) dw->x += sum.x, dw->y += sum.y;
+    dw += 4 * (size_t)a.O;  // 8 rows further on
+    if (c + 8 < a.C) dw->x += sum.z, dw->y += sum.w;
+#endif
+}
+
+// ---- Rung 5's launchers
+
+typedef CUresult (*EncodeTiled)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                                const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, found through the runtime, so that programs start without libcuda. NULL:
+// a driver from before CUDA 12.
+static EncodeTiled encode_tiled(void) {
+    static void *function;
+    if (function) return (EncodeTiled)function;
+    cudaDriverEntryPointQueryResult found;
+    cudaError_t code;
+#if CUDART_VERSION >= 12050
+    code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                            cudaEnableDefault, &found);
+#else
+    code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    if (code != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+        cudaGetLastError();  // the rung below is the answer: no later launch must find this error
+        function = NULL;
+    }
+    return (EncodeTiled)function;
+}
+
+static bool have_wgmma(void) {
+    static int known = -1;
+    if (known < 0)
+        known = gpu()->capability == 90 &&
+                compiled_for((const void *)conv_wgmma<false, 3, 128>) == 90 && encode_tiled();
+    return known;
+}
+
+// A bf16 tensor (n2,n1,n0), of which boxes of b1 rows of b0 values are copied, b0 = 32 or 64.
+// false where the driver refuses, which is noted.
+static bool make_map(CUtensorMap *map, const void *base, size_t n0, size_t n1, size_t n2, int b0,
+                     int b1) {
+    cuuint64_t dims[3] = {n0, n1, n2}, strides[2] = {n0 * sizeof(bf16), n0 * n1 * sizeof(bf16)};
+    cuuint32_t box[3] = {(cuuint32_t)b0, (cuuint32_t)b1, 1}, steps[3] = {1, 1, 1};
+    CUresult r = encode_tiled()(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)base, dims, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE,
+        b0 == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    // The driver's codes for the errors that it has here are those of the runtime.
+    if (r != CUDA_SUCCESS) gpu_note((cudaError_t)r, "a convolution's tensor map");
+    return r == CUDA_SUCCESS;
+}
+
+// overlap: as a dependent launch. Recorded into a graph that is an edge, which CUDA 12.3 brought.
+static void launch(const void *kernel, dim3 grid, int threads, size_t shared, void *args,
+                   bool overlap) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = overlap && CUDART_VERSION >= 12030;
+    cudaLaunchConfig_t c = cudaLaunchConfig_t();
+    c.gridDim = grid;
+    c.blockDim = dim3((unsigned)threads);
+    c.dynamicSmemBytes = shared;
+    c.stream = gpu_stream;
+    c.attrs = &attribute;
+    c.numAttrs = 1;
+    void *argv[1] = {args};
+    CHECK(cudaLaunchKernelExC(&c, kernel, argv));
+}
+
+// Slots of the ring, 0 where the kernel does not apply. n_in: channels summed over. Fewer than
+// three would leave nothing on its way while one stage is multiplied and one freed.
+static int conv_slots(ConvShape s, int n_in, int n_out, int tile_o) {
+    enum { LEAST_SLOTS = 3 };
+    if (s.K > 3 || n_in % 8 || n_out % 8 || (s.K - 1) * s.dil > MAX_HALO) return 0;
+    int weights = s.K * (int)ceil_div(n_in, CHUNK_C), rows = SUM_TILE + (s.K - 1) * s.dil;
+    if (weights > MAX_WEIGHTS) return 0;
+    int left = SHARED_BYTES - BARRIER_BYTES - weights * CHUNK_BYTES * tile_o;
+    int slots = left / ((int)ceil_div(rows, 8) * 8 * STEP_BYTES);
+    return slots < LEAST_SLOTS ? 0 : slots > MAX_SLOTS ? MAX_SLOTS : slots;
+}
+static bool wgmma_takes(ConvShape s, int n_in, int n_out) {
+    return have_wgmma() && conv_slots(s, n_in, n_out, 128) > 0;
+}
+
+bool tensor_supported(ConvShape s) {
+    return wgmma_takes(s, s.C, s.O) && wgmma_takes(s, s.O, s.C);
+}
+
+template <bool BACKWARD, int TAPS, int TILE_O>
+static void conv_launch(const ConvEnd &end, const void *x, const bf16 *w, ConvShape s,
+                        bool settled) {
+    static bool prepared;
+    const void *kernel = (const void *)conv_wgmma<BACKWARD, TAPS, TILE_O>;
+    ConvArgs a;
+    memset(&a, 0, sizeof a);
+    a.end = end;
+    a.T = s.T;
+    a.dil = s.dil;
+    a.n_in = BACKWARD ? s.O : s.C;
+    a.n_out = BACKWARD ? s.C : s.O;
+    a.tiles_per_seq = (int)ceil_div(s.T, SUM_TILE);
+    a.tiles = s.B * a.tiles_per_seq;
+    a.slots = conv_slots(s, a.n_in, a.n_out, TILE_O);
+    a.stage_rows = SUM_TILE + (s.K - 1) * s.dil;
+    a.stage_bytes = (int)ceil_div(a.stage_rows, 8) * 8 * STEP_BYTES;  // swizzling: groups of 8 rows
+    if (!make_map(&a.x, x, (size_t)a.n_in, (size_t)s.T, (size_t)s.B, STEP_C, a.stage_rows) ||
+        !make_map(&a.w, w, (size_t)s.O, (size_t)s.C, (size_t)s.K,
+                  !BACKWARD && TILE_O < 64 ? TILE_O : 64, BACKWARD && TILE_O < 64 ? TILE_O : 64))
+        return;
+    if (!prepared)
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   SHARED_BYTES));
+    prepared = true;
+    size_t shared = (size_t)s.K * ceil_div(a.n_in, CHUNK_C) * CHUNK_BYTES * TILE_O +
+                    (size_t)a.slots * a.stage_bytes + BARRIER_BYTES;
+    // One block to a multiprocessor; and no more than gives the busiest as many tiles as it has.
+    int parts = (int)ceil_div(a.n_out, TILE_O), most = gpu()->sms / parts;
+    size_t busiest = ceil_div(a.tiles, most > 0 ? most : 1);
+    launch(kernel, dim3((unsigned)(ceil_div(a.tiles, busiest) * parts)), CONV_THREADS, shared, &a,
+           settled);
+}
+
+template <bool BACKWARD, int TILE_O>
+static void conv_taps(const ConvEnd &end, const void *x, const bf16 *w, ConvShape s,
+                      bool settled) {
+    if (s.K == 1) conv_launch<BACKWARD, 1, TILE_O>(end, x, w, s, settled);
+    if (s.K == 2) conv_launch<BACKWARD, 2, TILE_O>(end, x, w, s, settled);
+    if (s.K == 3) conv_launch<BACKWARD, 3, TILE_O>(end, x, w, s, settled);
+}
+template <bool BACKWARD>
+static void conv_tiles(const ConvEnd &end, const void *x, const bf16 *w, ConvShape s,
+                       bool settled) {
+    size_t tiles = s.B * ceil_div(s.T, SUM_TILE);
+    if (tiles * ceil_div(BACKWARD ? s.C : s.O, 32) <= SMALL_BLOCKS)
+        conv_taps<BACKWARD, 32>(end, x, w, s, settled);
+    else
+        conv_taps<BACKWARD, 128>(end, x, w, s, settled);
+}
+
+static void conv_forward_wgmma(act *out, act *pre, const act *x, const real *w, const real *b,
+                               const act *res, Dropout drop, ConvShape s, void *work) {
+    ConvEnd end = forward_end(out, pre, b, res, drop);
+    const bf16 *weights = NULL;
+    if (wgmma_takes(s, s.C, s.O)) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
+    if (weights && all_aligned(&end, x, weights))
+        conv_tiles<false>(end, x, weights, s, weights != work);
+    else
+        conv_forward_mma(out, pre, x, w, b, res, drop, s, work);
+}
+
+static void conv_backward_input_wgmma(act *dx, act *da, const act *dy, const real *w,
+                                      const act *pre, Dropout drop, ConvShape s, bool accumulate,
+                                      void *work) {
+    ConvEnd end = backward_end(dx, da, pre, drop, accumulate);
+    const bf16 *weights = NULL;
+    if (wgmma_takes(s, s.O, s.C)) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
+    if (weights && all_aligned(&end, dy, weights))
+        conv_tiles<true>(end, dy, weights, s, weights != work);
+    else
+        conv_backward_input_mma(dx, da, dy, w, pre, drop, s, accumulate, work);
+}
+
+// Blocks that a weight gradient may have: all multiprocessors, but half of them on few rows,
+// because every block takes up to 196,608 bytes of scratch: 12.6 MB, then 26.
+static size_t weight_blocks(size_t N) {
+    size_t all = (size_t)gpu()->sms;
+    return N <= FEW_ROWS && all > FEW_BLOCKS ? (size_t)FEW_BLOCKS : all;
+}
+
+// How many slabs of at least four steps n layers of so many tiles are summed in.
+static int weight_slabs(size_t N, int n, size_t tiles) {
+    size_t slabs = weight_blocks(N) / (n * tiles), most = ceil_div(N, 4 * SUM_TILE);
+    if (slabs > most) slabs = most;
+    return slabs > 0 ? (int)slabs : 1;
+}
+
+template <int TAPS, int CHUNKS>
+static void weight_launch(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    enum { THREADS = TAPS * CHUNKS * 128, SUMS = 32 * THREADS };  // float4 of a block
+    static_assert(SUMS % REDUCE_THREADS == 0, "no thread of add_weight_slabs lies outside");
+    static bool prepared;
+    const void *kernel = (const void *)weight_wgmma<TAPS, CHUNKS>;
+    WeightArgs a;
+    memset(&a, 0, sizeof a);
+    a.C = s.C, a.O = s.O, a.K = s.K;
+    for (int i = 0; i < n; i++) {
+        WeightSum *job = &a.job[i];
+        job->dw = jobs[i].dw, job->db = jobs[i].db, job->dil = jobs[i].dil;
+        job->x_rows = SUM_TILE + (s.K - 1) * job->dil;
+        int bytes = (int)ceil_div(job->x_rows, 8) * 8 * 128;
+        if (bytes > a.x_bytes) a.x_bytes = bytes;
+        if (!make_map(&job->x, jobs[i].x, (size_t)s.C, (size_t)s.T, (size_t)s.B, 64,
+                      job->x_rows) ||
+            !make_map(&job->dy, jobs[i].dy, (size_t)s.O, (size_t)s.T, (size_t)s.B, 64, SUM_TILE))
+            return;
+    }
+    size_t stage = DY_BYTES + CHUNKS * a.x_bytes;
+    a.slots = (int)((SHARED_BYTES - BARRIER_BYTES) / stage);
+    a.steps_per_seq = (int)ceil_div(s.T, SUM_TILE);
+    a.steps = s.B * a.steps_per_seq;
+    a.groups = (int)ceil_div(s.C, 64 * CHUNKS);
+    a.o_tiles = (int)ceil_div(s.O, WEIGHT_O);
+    a.slabs = weight_slabs((size_t)s.B * s.T, n, (size_t)a.groups * a.o_tiles);
+    a.part = (float4 *)work;
+    a.db_part = (float *)(a.part + (size_t)n * a.o_tiles * a.groups * a.slabs * SUMS);
+    if (!prepared)
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   SHARED_BYTES));
+    prepared = true;
+    unsigned jobs_tiles = (unsigned)(n * a.o_tiles);
+    launch(kernel, dim3((unsigned)a.groups, (unsigned)a.slabs, jobs_tiles), THREADS,
+           a.slots * stage + BARRIER_BYTES, &a, true);
+    launch((const void *)add_weight_slabs<TAPS, CHUNKS>,
+           dim3(SUMS / REDUCE_THREADS, (unsigned)a.groups + 1, jobs_tiles), REDUCE_THREADS, 0, &a,
+           true);
+}
+static_assert((SHARED_BYTES - BARRIER_BYTES) / (DY_BYTES + (SUM_TILE + MAX_HALO) * 128) >= 3,
+              "the widest halo leaves three stages: one is multiplied, one freed, one on its way");
+
+// Tiles of dw: what one slab takes of blocks. K = 1 has half as many of the same size or less.
+static size_t weight_tiles(int C, int O) { return ceil_div(C, 64) * ceil_div(O, WEIGHT_O); }
+
+static void conv_backward_weight_wgmma(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    bool takes = have_wgmma() && s.K <= 3 && s.C % 8 == 0 && s.O % 8 == 0 && aligned16(work);
+    for (int i = 0; i < n; i++)
+        takes = takes && (s.K - 1) * jobs[i].dil <= MAX_HALO && aligned16(jobs[i].x) &&
+                aligned16(jobs[i].dy) && aligned16(jobs[i].dw);
+    if (!takes) {
+        conv_backward_weight_mma(jobs, n, s, work);
+        return;
+    }
+    // Layers that fill the GPU alone gain nothing from company, and would take more scratch.
+    size_t blocks = weight_blocks((size_t)s.B * s.T);
+    int at_once = (size_t)n * weight_tiles(s.C, s.O) <= blocks ? n : 1;
+    for (int i = 0; i < n; i += at_once) {
+        if (s.K == 1) weight_launch<1, 2>(jobs + i, at_once, s, work);
+        if (s.K == 2) weight_launch<2, 1>(jobs + i, at_once, s, work);
+        if (s.K == 3) weight_launch<3, 1>(jobs + i, at_once, s, work);
+    }
+}
+
+// ---- Scratch, and the table
+
+// The most that the launchers above take for N rows, at most K taps and `width` channels: partial
+// sums, whose tiles, slabs and layers are at most `blocks` in product, or weights in bf16.
+size_t tensor_work_bytes(size_t N, int K, int width) {
+    size_t w = (size_t)width, bytes = (size_t)K * w * w * sizeof(bf16);
+    size_t slabs = ceil_div(N, 256), tiles = mma_tiles(K, width, width), blocks = tiles * slabs;
+    if (blocks > MMA_BLOCKS) blocks = tiles > MMA_BLOCKS ? tiles : (size_t)MMA_BLOCKS;
+    size_t mma_bytes = blocks * (MMA_TILE * MMA_TILE + MMA_TILE) * sizeof(float);
+    if (bytes < mma_bytes) bytes = mma_bytes;
+    if (!have_wgmma()) return bytes;
+    tiles = weight_tiles(width, width), blocks = tiles * slabs * MAX_WEIGHT_JOBS;
+    size_t most = weight_blocks(N);
+    if (blocks > most) blocks = tiles > most ? tiles : most;
+    size_t sums = (K < 3 ? 2 : 3) * 64 * WEIGHT_O;
+    size_t wgmma_bytes = blocks * (sums + WEIGHT_O) * sizeof(float);
+    return bytes < wgmma_bytes ? wgmma_bytes : bytes;
+}
+
+const Kernel tensor_kernels[] = {
+    KERNEL(bf16, conv_forward, conv_forward_mma, "", "mma.sync, tiles of 64x64, cp.async"),
+    KERNEL(bf16, conv_forward, conv_forward_wgmma, "tensor", "weights stay in shared memory"),
+    KERNEL(bf16, conv_backward_input, conv_backward_input_mma, "", "the same, looking ahead"),
+    KERNEL(bf16, conv_backward_input, conv_backward_input_wgmma, "tensor",
+           "weights stay in shared memory"),
+    KERNEL(bf16, conv_backward_weight, conv_backward_weight_mma, "", "mma.sync, slabs of time"),
+    KERNEL(bf16, conv_backward_weight, conv_backward_weight_wgmma, "tensor",
+           "a warpgroup per tap, three layers at once"),
+};
+const int n_tensor_kernels = sizeof tensor_kernels / sizeof *tensor_kernels;
