@@ -203,9 +203,8 @@ static void t_conv_backward_input(act *dx, act *a, const act *dy, const real *w,
     TIMED(CONV_BI, conv_flops(s),
           backend->conv_backward_input(dx, a, dy, w, pre, drop, s, accumulate, work));
 }
-static void t_conv_backward_weight(real *dw, real *db, const act *x, const act *dy, ConvShape s,
-                                   void *work) {
-    TIMED(CONV_BW, conv_flops(s), backend->conv_backward_weight(dw, db, x, dy, s, work));
+static void t_conv_backward_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    TIMED(CONV_BW, n * conv_flops(s), backend->conv_backward_weight(jobs, n, s, work));
 }
 static void t_act_backward(act *dpre, const act *dout, const act *pre, Dropout drop, ConvShape s) {
     TIMED(ACT_B, 0, backend->act_backward(dpre, dout, pre, drop, s));

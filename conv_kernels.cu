@@ -159,13 +159,16 @@ static void conv_backward_input_naive(act *dx, act *a, const act *dy, const real
     LAUNCHED("conv_backward_input_naive");
 }
 
-static void conv_backward_weight_naive(real *dw, real *db, const act *x, const act *dy,
-                                       ConvShape s, void *work) {
+static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvShape s,
+                                       void *work) {
     (void)work;
     size_t n = (size_t)s.K * s.C * s.O + (size_t)s.O;
-    backward_weight_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
-        dw, db, (const float *)x, (const float *)dy, s);
-    LAUNCHED("conv_backward_weight_naive");
+    for (const WeightJob *j = jobs; j < jobs + n_jobs; j++) {
+        s.dil = j->dil;
+        backward_weight_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
+            j->dw, j->db, (const float *)j->x, (const float *)j->dy, s);
+        LAUNCHED("conv_backward_weight_naive");
+    }
 }
 
 // ---- Rung 2: tile, the paper's 2D channel tiling
@@ -267,13 +270,16 @@ static void conv_backward_input_tile(act *dx, act *a, const act *dy, const real 
     LAUNCHED("conv_backward_input_tile");
 }
 
-static void conv_backward_weight_tile(real *dw, real *db, const act *x, const act *dy,
-                                      ConvShape s, void *work) {
+static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvShape s,
+                                      void *work) {
     (void)work;
     dim3 grid((unsigned)ceil_div(s.O, TILE), (unsigned)ceil_div(s.C, TILE), (unsigned)s.K);
-    weight_tile<<<grid, dim3(TILE, TILE), 0, gpu_stream>>>(dw, db, (const float *)x,
-                                                           (const float *)dy, s);
-    LAUNCHED("conv_backward_weight_tile");
+    for (const WeightJob *j = jobs; j < jobs + n_jobs; j++) {
+        s.dil = j->dil;
+        weight_tile<<<grid, dim3(TILE, TILE), 0, gpu_stream>>>(j->dw, j->db, (const float *)j->x,
+                                                               (const float *)j->dy, s);
+        LAUNCHED("conv_backward_weight_tile");
+    }
 }
 
 // ---- Rung 3: block, a tile of outputs in the registers of every thread
@@ -683,21 +689,28 @@ static void launch_weight(float *dw, float *db, float *part, const T *x, const T
 }
 
 template <typename T>
-static void conv_backward_weight_block(real *dw, real *db, const act *x, const act *dy,
-                                       ConvShape s, void *work) {
+static void one_weight_block(const WeightJob *j, ConvShape s, float *part) {
     WeightPlan p = weight_plan(s);
-    float *part = (float *)work;
+    const T *x = (const T *)j->x, *dy = (const T *)j->dy;
     if (p.size == 128)
-        launch_weight<128>(dw, db, part, (const T *)x, (const T *)dy, s, p);
+        launch_weight<128>(j->dw, j->db, part, x, dy, s, p);
     else if (p.size == 64)
-        launch_weight<64>(dw, db, part, (const T *)x, (const T *)dy, s, p);
+        launch_weight<64>(j->dw, j->db, part, x, dy, s, p);
     else
-        launch_weight<32>(dw, db, part, (const T *)x, (const T *)dy, s, p);
+        launch_weight<32>(j->dw, j->db, part, x, dy, s, p);
     if (p.slabs == 1) return;
     size_t weights = (size_t)s.K * s.C * s.O;
     add_slabs<<<(unsigned)ceil_div(weights + s.O, THREADS), THREADS, 0, gpu_stream>>>(
-        dw, db, part, weights, s.O, p.slabs);
+        j->dw, j->db, part, weights, s.O, p.slabs);
     LAUNCHED("add_slabs");
+}
+
+template <typename T>
+static void conv_backward_weight_block(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    for (int i = 0; i < n; i++) {  // one after the other: they share the partial sums' place
+        s.dil = jobs[i].dil;
+        one_weight_block<T>(&jobs[i], s, (float *)work);
+    }
 }
 
 // ---- The table

@@ -280,7 +280,7 @@ static void run_conv_backward_input(Side *s) {
     if (!s->failed) s->be->conv_backward_input(dx, a, dy, w, pre, drop, c, accumulate, work);
 }
 
-// Variant 3: no bias gradient.
+// Variant 2: a second layer, of another dilation, in the same call. 3: no bias gradient.
 static void run_conv_backward_weight(Side *s) {
     ConvShape c = s->s;
     size_t N = rows_of(s);
@@ -290,8 +290,15 @@ static void run_conv_backward_weight(Side *s) {
     last_is_exact(s);
     const act *x = acts(s, "x", IN, N * c.C), *dy = acts(s, "dy", IN, N * c.O);
     void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
-    if (!s->failed)
-        s->be->conv_backward_weight(dw, s->variant == 3 ? NULL : db, x, dy, c, work);
+    WeightJob jobs[2] = {{dw, s->variant == 3 ? NULL : db, x, dy, c.dil}};
+    if (s->variant == 2) {
+        real *dw2 = reals(s, "dw of the second", ADD, (size_t)c.K * c.C * c.O);
+        last_is_exact(s);
+        real *db2 = reals(s, "db of the second", ADD, c.O);
+        last_is_exact(s);
+        jobs[1] = (WeightJob){dw2, db2, x, dy, c.dil + 1};
+    }
+    if (!s->failed) s->be->conv_backward_weight(jobs, s->variant == 2 ? 2 : 1, c, work);
 }
 
 static void run_act_backward(Side *s) {

@@ -202,7 +202,12 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
     if (B < 1 || T < 1 || (int64_t)B * T > 1 << 27)
         return fail(e, "a pass of %d x %d bytes, expected 1 to %d bytes: use --accum", B, T,
                     1 << 27);
-    if (training) m->training = *training;
+    if (training) {
+        m->training = *training;
+        size_t most = backend->pass_rows ? backend->pass_rows((size_t)B * T) : SIZE_MAX;
+        for (; m->B % 2 == 0 && (size_t)m->B * T > most; m->B /= 2) m->training.passes *= 2;
+        B = m->B;
+    }
     if (model_describe(m, e)) return -1;
     size_t n = m->n_params * sizeof(real), N = (size_t)B * T;
     int width = config->channels > config->latent ? config->channels : config->latent;
@@ -385,6 +390,15 @@ void model_forward(Model *m, bool train, uint64_t first) {
 
 // ---- The graph: backward, the same lines from the bottom up ------------------------------------
 
+// One layer's weight and bias gradient; bias NO_BIAS: none.
+#define NO_BIAS SIZE_MAX
+static void weight_backward(const Model *m, size_t weight, size_t bias, const act *x, const act *dy,
+                            ConvShape s) {
+    real *db = bias == NO_BIAS ? NULL : m->grads + bias;
+    const WeightJob job = {m->grads + weight, db, x, dy, s.dil};
+    m->backend->conv_backward_weight(&job, 1, s, m->work);
+}
+
 // Through head, projection and the last norm. dlogits stand in m->logits; the gradient of the
 // residual stream takes the place of x[U], which nothing needs any more.
 static void head_backward(Model *m) {
@@ -398,20 +412,17 @@ static void head_backward(Model *m) {
     if (m->config.tie) {
         // forward:  logits[v] = sum_c E[v,c] h[c]
         dh = m->z;
-        be->conv_backward_weight(G + m->embedding, NULL, m->logits, m->h, linear_shape(m, V, C),
-                                 m->work);
+        weight_backward(m, m->embedding, NO_BIAS, m->logits, m->h, linear_shape(m, V, C));
         be->conv_forward(NULL, dh, m->logits, P + m->embedding, NULL, NULL, none,
                          linear_shape(m, V, C), m->work);
     } else {
         // forward:  z = h proj + b;  logits = z head + b       (dz replaces z, dh replaces h)
         act *dz = m->z;
-        be->conv_backward_weight(G + m->head, G + m->head_bias, m->z, m->logits,
-                                 linear_shape(m, D, V), m->work);
+        weight_backward(m, m->head, m->head_bias, m->z, m->logits, linear_shape(m, D, V));
         be->conv_backward_input(dz, NULL, m->logits, P + m->head, NULL, none,
                                 linear_shape(m, D, V), false, m->work);
         dh = m->h;
-        be->conv_backward_weight(G + m->proj, G + m->proj_bias, m->h, dz, linear_shape(m, C, D),
-                                 m->work);
+        weight_backward(m, m->proj, m->proj_bias, m->h, dz, linear_shape(m, C, D));
         be->conv_backward_input(dh, NULL, dz, P + m->proj, NULL, none, linear_shape(m, C, D),
                                 false, m->work);
     }
@@ -420,44 +431,62 @@ static void head_backward(Model *m) {
                       N, C, false, m->work);
 }
 
+// Weight gradients that wait to be made together.
+typedef struct {
+    WeightJob jobs[MAX_WEIGHT_JOBS];
+    int n;
+} WeightJobs;
+
+static void add_job(const Model *m, WeightJobs *w, const Conv *v, const act *x) {
+    w->jobs[w->n++] = (WeightJob){m->grads + v->weight, m->grads + v->bias, x, v->pre, v->dil};
+}
+
+static void run_jobs(const Model *m, WeightJobs *w, const Conv *v) {
+    m->backend->conv_backward_weight(w->jobs, w->n, conv_shape(m, (int)(v - m->convs)), m->work);
+    w->n = 0;
+}
+
 // forward:  x[u+1] = x[u] + convs(x[u])     dx holds dx[u+1] and becomes dx[u].
-// Each layer's dpre takes the place of its pre, and m->h holds what the layer had read, made
-// again from the pre before it: cheaper than having kept it.
+// Each layer's dpre takes the place of its pre. What a layer had read is made again from the pre
+// before it (cheaper than having kept it) and waits in m->h or m->z for the weight gradients.
 static void unit_backward(Model *m, int u, act *dx, uint64_t first) {
     const Backend *be = m->backend;
     const real *P = m->params;
     real *G = m->grads;
     size_t N = (size_t)m->B * m->T;
     int C = m->config.channels, top = m->units[u].first + m->units[u].count - 1;
+    WeightJobs waiting = {.n = 0};
 
     act *dpre = m->convs[top].pre;
     be->act_backward(dpre, dx, dpre, dropout_of(m, top, true, first), conv_shape(m, top));
     for (int l = top; l > m->units[u].first; l--) {
         const Conv *v = &m->convs[l];
         act *below = m->convs[l - 1].pre;
-        be->conv_backward_input(below, m->h, dpre, P + v->weight, below,
+        if (waiting.n == 2) run_jobs(m, &waiting, v);  // frees h and z
+        act *read = waiting.n ? m->z : m->h;
+        be->conv_backward_input(below, read, dpre, P + v->weight, below,
                                 dropout_of(m, l - 1, true, first), conv_shape(m, l), false,
                                 m->work);
-        be->conv_backward_weight(G + v->weight, G + v->bias, m->h, dpre, conv_shape(m, l), m->work);
+        add_job(m, &waiting, v, read);
         dpre = below;
     }
     int l = m->units[u].first;
     const Conv *v = &m->convs[l];
     const Dropout none = {0};
-    const act *in = m->x[u];
     if (m->config.form == BLOCK_PRENORM) {
         // forward:  x[u+1] = x[u] + conv(norm(x[u]))
-        be->norm_forward(m->h, m->x[u], P + v->norm.gain, P + v->norm.bias, N, C);
-        in = m->h;
         be->conv_backward_input(m->z, NULL, dpre, P + v->weight, NULL, none, conv_shape(m, l),
                                 false, m->work);
+        be->norm_forward(m->h, m->x[u], P + v->norm.gain, P + v->norm.bias, N, C);
         be->norm_backward(dx, G + v->norm.gain, G + v->norm.bias, m->z, m->x[u], P + v->norm.gain,
                           N, C, true, m->work);
+        add_job(m, &waiting, v, m->h);
     } else {
         be->conv_backward_input(dx, NULL, dpre, P + v->weight, NULL, none, conv_shape(m, l), true,
                                 m->work);
+        add_job(m, &waiting, v, m->x[u]);
     }
-    be->conv_backward_weight(G + v->weight, G + v->bias, in, dpre, conv_shape(m, l), m->work);
+    run_jobs(m, &waiting, v);
 }
 
 void model_backward(Model *m, uint64_t first) {
@@ -1067,13 +1096,15 @@ static void cpu_conv_backward_input(act *dx, act *a, const act *dy, const real *
 // step in time is C values on. Of taps that reach before the text nothing is read: the sum starts
 // at t = k*dil. A block of COLS columns and up to SHARE channels of tap k is one thread's, for the
 // whole batch, in the order of n.
-static void weight_block(real *dw, real *db, const real *x, const real *dy, const ConvShape *s,
-                         int k, int c_begin, int o0) {
+static void weight_block(const WeightJob *job, bool with_bias, const ConvShape *s, int k,
+                         int c_begin, int o0) {
+    real *dw = job->dw, *db = with_bias ? job->db : NULL;
+    const real *x = job->x, *dy = job->dy;
     real panel[SPAN][COLS], sums[ROWS][COLS];
     const real *from[ROWS];
     int cols = at_most(COLS, s->O - o0);
     int c_end = at_most(c_begin + SHARE, s->C);
-    int64_t reach = (int64_t)k * s->dil;
+    int64_t reach = (int64_t)k * job->dil;
     for (int n = 0; n < s->B; n++)
         for (int64_t t0 = reach; t0 < s->T; t0 += SPAN) {
             int span = s->T - t0 < SPAN ? (int)(s->T - t0) : SPAN;
@@ -1095,15 +1126,15 @@ static void weight_block(real *dw, real *db, const real *x, const real *dy, cons
         }
 }
 
-static void cpu_conv_backward_weight(real *dw, real *db, const act *x, const act *dy, ConvShape s,
-                                     void *work) {
+static void cpu_conv_backward_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
     (void)work;
-#pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int k = 0; k < s.K; k++)
-        for (int c0 = 0; c0 < s.C; c0 += SHARE)
-            for (int o0 = 0; o0 < s.O; o0 += COLS)
-                // tap 0 sees every t: its first block also sums the bias
-                weight_block(dw, k == 0 && c0 == 0 ? db : NULL, x, dy, &s, k, c0, o0);
+#pragma omp parallel for collapse(4) schedule(dynamic)
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < s.K; k++)
+            for (int c0 = 0; c0 < s.C; c0 += SHARE)
+                for (int o0 = 0; o0 < s.O; o0 += COLS)
+                    // tap 0 sees every t: its first block also sums the bias
+                    weight_block(&jobs[i], k == 0 && c0 == 0, &s, k, c0, o0);
 }
 
 // ---- The CPU's table

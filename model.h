@@ -40,6 +40,7 @@ enum {
     MAX_DILATIONS = 32,
     MAX_TAPS = 256,
     MAX_CHANNELS = 65536,
+    MAX_WEIGHT_JOBS = 3,
     ERROR_LEN = 512,
     RING = 1024,  // per-step figures kept on the backend until the host reads them
 };
@@ -107,6 +108,13 @@ typedef struct {
 typedef struct {
     int B, T, C, O, K, dil;
 } ConvShape;
+
+// One layer's weight gradient: dw (K,C,O), db (O) or NULL, from x (B,T,C) and dy (B,T,O).
+typedef struct {
+    real *dw, *db;
+    const act *x, *dy;
+    int dil;
+} WeightJob;
 
 // Figures of one step, kept in a ring on the backend and read by the host when it prints.
 typedef struct {
@@ -286,6 +294,8 @@ typedef struct Backend {
     void (*download)(void *host_dst, const void *src, size_t bytes);
     void (*write_acts)(act *dst, const real *host_src, size_t n);
     void (*read_acts)(real *host_dst, const act *src, size_t n);
+    // How many of a step's N rows are best taken at a time; NULL: all of them.
+    size_t (*pass_rows)(size_t N);
     // Scratch that the layers below need on N rows, with at most K taps, `width` channels in or
     // out, n parameters and as many CPU threads as there are now.
     size_t (*work_bytes)(size_t N, int K, int width, size_t n);
@@ -319,8 +329,9 @@ typedef struct Backend {
     void (*conv_backward_input)(act *dx, act *a, const act *dy, const real *w, const act *pre,
                                 Dropout drop, ConvShape s, bool accumulate, void *work);
     //      dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o],  db[o] += sum_t dy[t,o]     (db may be NULL)
-    void (*conv_backward_weight)(real *dw, real *db, const act *x, const act *dy, ConvShape s,
-                                 void *work);
+    //    for each of n layers (1 to MAX_WEIGHT_JOBS) that share a shape but for dil, which stands in
+    //    the job: together they fill a GPU better than one after the other.
+    void (*conv_backward_weight)(const WeightJob *jobs, int n, ConvShape s, void *work);
     // The activation alone: dpre = dout * dropout * gelu'(pre), all (B,T,O); dpre may be pre.
     void (*act_backward)(act *dpre, const act *dout, const act *pre, Dropout drop, ConvShape s);
 

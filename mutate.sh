@@ -27,7 +27,7 @@ conv weight gradient: x not shifted | model.c | (size_t)(t0 - reach)) * s->C; | 
 conv weight gradient: first span only | model.c | for (int64_t t0 = reach; t0 < s->T; t0 += SPAN) { | for (int64_t t0 = reach; t0 < s->T && t0 < reach + SPAN; t0 += SPAN) {
 conv weight gradient: first row of the batch only | model.c | for (int n = 0; n < s->B; n++) | for (int n = 0; n < 1; n++)
 conv weight gradient: written, not accumulated | model.c | copy_row(sums[r], dw_k + (size_t)r * s->O, cols); | (void)dw_k;
-conv bias gradient: once per tap | model.c | weight_block(dw, k == 0 && c0 == 0 ? db : NULL, | weight_block(dw, c0 == 0 ? db : NULL,
+conv bias gradient: once per tap | model.c | weight_block(&jobs[i], k == 0 && c0 == 0, | weight_block(&jobs[i], c0 == 0,
 conv bias gradient: written, not accumulated | model.c | db[o0 + j] += panel[t][j]; | db[o0 + j] = panel[t][j];
 conv rows: a lone row's columns overlap | model.c | O - o0 >= WIDE; o0 += WIDE) wide_row | O - o0 >= WIDE; o0 += COLS) wide_row
 conv rows: one column too few | model.c | for (int o = o0; o < O; o++) | for (int o = o0 + 1; o < O; o++)
@@ -80,7 +80,7 @@ losses: the last one only | model.c | state->loss_sum += losses[n]; | state->los
 graph: unit without its residual | model.c | last ? m->x[u] : NULL, | NULL,
 graph: residual's gradient lost, prenorm | model.c | N, C, true, m->work); | N, C, false, m->work);
 graph: residual's gradient lost, paper | model.c | conv_shape(m, l), true, | conv_shape(m, l), false,
-graph: tied head without a gradient | model.c | be->conv_backward_weight(G + m->embedding, NULL, | be->conv_backward_weight(m->m + m->embedding, NULL,
+graph: tied head without a gradient | model.c | weight_backward(m, m->embedding, NO_BIAS, | if (0) weight_backward(m, m->embedding, NO_BIAS,
 graph: every conv has the first dilation | model.c | c->dilations[l % c->n_dilations]; | c->dilations[0];
 graph: gradients left from the last step | model.c | be->zero(m->grads, m->n_params * sizeof(real)); | (void)0;
 graph: gradients not divided by the passes | model.c | 1 / ((float)t->passes * (float)N); | 1 / (float)N;

@@ -217,7 +217,8 @@ static void test_conv_backward(ConvTest *c, const char *name) {
     }
     cpu->conv_backward_input(dx, NULL, dpre, c->w, NULL, none, s, false, c->work);
     cpu->conv_backward_input(dx_sum, NULL, dpre, c->w, NULL, none, s, true, c->work);
-    cpu->conv_backward_weight(dw, c->bias ? db : NULL, c->x, dpre, s, c->work);
+    const WeightJob job = {dw, c->bias ? db : NULL, c->x, dpre, s.dil};
+    cpu->conv_backward_weight(&job, 1, s, c->work);
     subtract(dx_sum, dx_before, n_x);
     subtract(dw, dw_before, n_w);
     subtract(db, db_before, (size_t)s.O);
