@@ -45,7 +45,7 @@ CUDA_OBJECTS :=
 ifneq ($(NVCC),)
 ALL_CFLAGS += -DWITH_CUDA
 NVCC_FLAGS := -O3 $(GENCODE) -Xcompiler -Wall,-Wextra -DWITH_CUDA
-CUDA_OBJECTS := build/conv_kernels.o build/layers.o build/kernel_check.o
+CUDA_OBJECTS := build/conv_kernels.o build/conv_tensor.o build/layers.o build/kernel_check.o
 CUDA_LIBS := $(shell $(NVCC) --dryrun x.cu 2>&1 | sed -n 's/^..*LIBRARIES=//p' | tr -d '"') \
 	-lcudart_static -ldl -lrt -lpthread -lstdc++
 endif

@@ -288,6 +288,8 @@ static inline int choose_backend(const Backend **backend, const char *device, co
     const Backend *gpu = gpu_backend(kernels ? kernels : n ? names[n - 1] : "tiled", e);
     if (gpu) {
         *backend = gpu;
+        if (!kernels && strcmp(gpu->name, "tensor") != 0)
+            fprintf(stderr, "--kernels %s: this GPU has no tensor cores for bf16\n", gpu->name);
         return 0;
     }
     if (strcmp(device, "cuda") == 0 || kernels) return -1;

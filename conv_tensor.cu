@@ -10,17 +10,17 @@
 //   make check-kernels            # every rung against the CPU, then timed, side by side
 //
 // Measured for wgmma on an H100 80GB HBM3, in a graph, median; C = O = 256, K = 3, dil = 4.
-// Microseconds, then TFLOP/s (spread under 5 % below 131072 rows, up to 14 % there):
-//   rows                             128  1024  8192     16384      32768      131072
-//   forward, bias and GELU          3.08  4.19   8.7  13.1 491   23.2 556   86.9 593
-//     and a residual                3.08  4.27   9.2  14.2 453   28.7 449  107.6 479
-//     and dropout                   3.58  4.71  10.9  18.2 354   30.9 417    139 371
-//   forward, bias only              2.82  3.98   7.5  11.7 550   20.2 639     79 655
-//   to the input, through GELU      3.17  4.27   9.8  15.7 411   29.3 440    115 447
-//     plain, accumulated            2.72  3.85   7.8  11.7 550   20.0 645     80 636
-//   to the weights, one layer        8.7  11.7  26.9  31.5 204   40.9 315   85.7 601
-//     of three per launch            3.7   5.0  11.6  15.7 411   23.3 553   70.3 733
-//   mma, forward, bias and GELU       22    23    30    64 101    112 115    418 123
+// Microseconds, then TFLOP/s. Runs differ by less than 5 % mostly, by 14 % at 131072 rows:
+//   rows                         128  1024  8192  16384        32768              131072
+//   forward, bias and GELU      3.08  4.19   8.7  13.1 (491)  23.2 (556)         86.9 (593)
+//     and a residual            3.08  4.27   9.2  14.2 (453)  28.7 (449)        107.6 (479)
+//     and dropout, no residual  3.58  4.71  10.9  18.2 (354)  30.9 (417)          139 (371)
+//   forward, bias only          2.82  3.98   7.5  11.7 (550)  20.2 (639)      74-84 (611-695)
+//   to the input, through GELU  3.17  4.27   9.8  15.7 (411)  29-30 (430-451) 112-119 (433-461)
+//     plain, accumulated        2.72  3.85   7.8  11.7 (550)  19-21 (617-675) 80-81 (636)
+//   to the weights, one layer    8.7  11.7  26.9  31.5 (204)  40.9 (315)         85.7 (601)
+//     each of three per launch   3.7   5.0  11.6  15.7 (411)  23.3 (553)         70.3 (733)
+//   mma, forward, bias and GELU   22    23    30    64 (101)   112 (115)          418 (123)
 // For comparison: block in float32 takes 346 us for the forward of 32768 rows; large bf16 products
 // of cuBLAS reach 700 to 780 TFLOP/s on that GPU.
 #include "kernels.h"
@@ -84,8 +84,8 @@ INLINE uint4 pack8(const float f[8]) {
 }
 
 // The sigmoid(2u) = (1 + tanh(u)) / 2 of model.h's gelu. tanh is one instruction here, right to
-// 2^-11, which leaves the sigmoid within 2^-12; bf16 rounds to 2^-9. An exponential and a division
-// would take longer than the products.
+// 2^-11, which leaves the sigmoid within 2^-12; bf16 rounds to 2^-9. The exponential and division
+// of model.h are some 25 instructions.
 #define HALF_A (GELU_A / 2)
 INLINE float gelu_sigmoid(float x) {
     float t;
@@ -740,10 +740,10 @@ enum {
 // and the step's number may come from the kernel before, and what is written may still be read
 // there. A kernel that is not launched in this way needs neither call, and loses only the overlap.
 //
-// Tried and dropped (us, C = 256, 16384 rows unless said): clusters of 2 and 4 blocks that share
-// copies of weights, 13.5 and 15.1 for 12.1; two warpgroups for three, 27.0 for 23.9 at 32768;
-// several layers in one launch, 4.6 for 3.1 at 128 rows; reading side late, 34.5 for 29.2 at 32768;
-// finishing all 128 columns at once, 15.0 for 14.1.
+// Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
+// that share copies of weights, 12.1 -> 13.5 and 15.1; two warpgroups for three, 23.9 -> 27.0;
+// several layers in one launch, at 128 rows 3.1 -> 4.6 a layer; reading side late, 29.2 -> 34.5;
+// finishing all 128 columns at once, 14.1 -> 15.0.
 
 enum {
     CHUNK_C = 64,               // channels of a chunk of weights
@@ -1007,8 +1007,8 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 // Count: a stage of 64 rows is 64*256*64*3*2 = 6.3 MFLOP, 1536 cycles of tensor cores, and 41 KB
 // from L2, 27 bytes a cycle: both nearly bind.
 // Cost: C = O = 256 are only 4 such tiles, so 33 slabs are summed at a time, and their partial
-// sums, 26 MB whatever N is, are written, then read once by a second kernel: 14 us. So a launch
-// takes up to MAX_WEIGHT_JOBS layers: three share that cost.
+// sums, 26 MB however many rows there are, are written, then read once by a second kernel: 14 us.
+// So a launch takes up to MAX_WEIGHT_JOBS layers: three share that cost.
 // Measured: 131072 rows 85.7 us alone (601 TFLOP/s), 70.3 each where three share (733).
 //
 //   shared memory   | stage 0 | stage 1 | .. 5 of 41 KB | barriers full, empty |
@@ -1019,8 +1019,8 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 //
 // Barriers: `full` as above. `empty`: thread 0 waits until all warps have multiplied a stage, and
 // added it up, before the copy overwrites it.
-// Tried and dropped: sharing dy among a cluster, 69.9 us for 67.3 (131072 rows); wgmma with
-// setmaxnreg and a copying warpgroup, which ptxas does not give more than 128 registers.
+// Tried and dropped: copies of dy shared by a cluster, 67.3 -> 69.9 us; a warpgroup that copies and
+// hands its registers over, because ptxas then keeps to 128 registers and m64n256 needs more.
 
 enum {
     DY_BYTES = SUM_TILE * 256 * 2,  // of a stage
@@ -1047,14 +1047,14 @@ typedef struct {
 // Sends for step `step` of all, as the ring's `slot`.
 template <int CHUNKS>
 INLINE void copy_step(const WeightArgs *a, const WeightSum *job, uint32_t ring, int stage_bytes,
-                      int step, int slot, int group, int o_tile) {
+                      int halo, int step, int slot, int group, int o_tile) {
     const uint32_t stage = ring + slot * stage_bytes;
     const uint32_t full = ring + a->slots * stage_bytes + 8 * slot;
     const int b = step / a->steps_per_seq, t0 = step % a->steps_per_seq * SUM_TILE;
     mbarrier_expect(full, DY_BYTES + CHUNKS * job->x_rows * 128);
     for (int c = 0; c < CHUNKS; c++)
         tensor_copy(stage + DY_BYTES + c * a->x_bytes, &job->x, full, (group * CHUNKS + c) * 64,
-                    t0 - (a->K - 1) * job->dil, b);
+                    t0 - halo, b);
     for (int o = 0; o < 4; o++)
         tensor_copy(stage + o * DY_PART, &job->dy, full, o_tile * WEIGHT_O + o * 64, t0, b);
 }
@@ -1104,7 +1104,7 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     const int group = blockIdx.x, slab = blockIdx.y;
     const int job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles;
     const WeightSum *job = &a.job[job_n];
-    const int stage_bytes = DY_BYTES + CHUNKS * a.x_bytes;
+    const int stage_bytes = DY_BYTES + CHUNKS * a.x_bytes, halo = (a.K - 1) * job->dil;
     const uint32_t ring = shared_addr(smem), full = ring + a.slots * stage_bytes;
     const uint32_t empty = full + 8 * MAX_SLOTS;
     const int begin = (int)((int64_t)a.steps * slab / a.slabs);
@@ -1121,12 +1121,12 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     wait_for_previous();  // before x and dy are read, and the scratch of a launch before is written
     if (threadIdx.x == 0)
         for (int i = 0; i < a.slots && begin + i < end; i++)
-            copy_step<CHUNKS>(&a, job, ring, stage_bytes, begin + i, i, group, o_tile);
+            copy_step<CHUNKS>(&a, job, ring, stage_bytes, halo, begin + i, i, group, o_tile);
 
     const int tap = warp / 4 % TAPS, chunk = warp / 4 / TAPS;
     const Operand dy_op = operand(SWIZZLE_128, ring, DY_PART, 1024);
-    const Operand x_op = operand_at(
-        dy_op, DY_BYTES + chunk * a.x_bytes + (a.K - 1 - tap) * job->dil * 128);
+    const Operand x_op =
+        operand_at(dy_op, DY_BYTES + chunk * a.x_bytes + (halo - tap * job->dil) * 128);
     float acc[128];
     float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
     Ring r = {0, 0}, refill = {0, 0};  // refill: the slot of step i - 2
@@ -1150,8 +1150,8 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
         if (i - begin < 2) continue;
         if (threadIdx.x == 0 && i - 2 + a.slots < end) {
             mbarrier_wait(empty + 8 * refill.slot, refill.phase);
-            copy_step<CHUNKS>(&a, job, ring, stage_bytes, i - 2 + a.slots, refill.slot, group,
-                              o_tile);
+            copy_step<CHUNKS>(&a, job, ring, stage_bytes, halo, i - 2 + a.slots, refill.slot,
+                              group, o_tile);
         }
         __syncwarp();  // wgmma wants its warps whole
         ring_skip(&refill, 1, a.slots);

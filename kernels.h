@@ -62,6 +62,8 @@ size_t gpu_allocated_bytes(void);
 // The kernel table; works without a GPU. kernel_install puts a row into a backend.
 const Kernel *gpu_kernels(int *n);
 void kernel_install(Backend *b, const Kernel *k);
+// Whether the convolutions' last rung (wgmma) runs this shape itself on this GPU, or hands it down.
+bool tensor_supported(ConvShape s);
 
 // Median seconds of f(arg), which queues work on the GPU: device events, after a warm-up. -1 where
 // the device reported an error.
@@ -143,10 +145,11 @@ void gpu_note(cudaError_t code, const char *what);
     NAMED_KERNEL(bf16, op, #launcher "_bf16", launcher<bf16>, "tensor", idea ", bf16")
 
 // The tables of the other files, and the memory half of a Backend (float32 activations).
-extern const Kernel conv_kernels[];
-extern const int n_conv_kernels;
+extern const Kernel conv_kernels[], tensor_kernels[];
+extern const int n_conv_kernels, n_tensor_kernels;
 extern const Backend gpu_memory;
 size_t conv_work_bytes(size_t N, int K, int width);
+size_t tensor_work_bytes(size_t N, int K, int width);
 
 // n weights in bf16. Of a model's parameters there is a copy, which sync_params made and optimize
 // keeps; other weights (a kernel test's) are converted into work (n values) first.

@@ -947,10 +947,9 @@ static size_t gpu_work_bytes(size_t N, int K, int width, size_t n) {
     return bytes < conv ? conv : bytes;
 }
 
-// Convolutions may have their weights in bf16 there (bf16_weights).
 static size_t bf16_work_bytes(size_t N, int K, int width, size_t n) {
-    size_t bytes = gpu_work_bytes(N, K, width, n), w = (size_t)width, weights = K * w * w;
-    return bytes > weights * sizeof(bf16) ? bytes : weights * sizeof(bf16);
+    size_t bytes = gpu_work_bytes(N, K, width, n), conv = tensor_work_bytes(N, K, width);
+    return bytes > conv ? bytes : conv;
 }
 
 // ---- The table, and the backends made from it ---------------------------------------------------
@@ -981,6 +980,7 @@ const Kernel *gpu_kernels(int *n) {
     static int count = 0;
     if (count == 0) {
         for (int i = 0; i < n_conv_kernels; i++) all[count++] = conv_kernels[i];
+        for (int i = 0; i < n_tensor_kernels; i++) all[count++] = tensor_kernels[i];
         for (int i = 0; i < N_LAYER_KERNELS; i++) all[count++] = layer_kernels[i];
     }
     *n = count;
@@ -1011,11 +1011,19 @@ static Backend memory_half(void) {
 }
 const Backend gpu_memory = memory_half();
 
+// At least two passes to a step of many rows: half the memory for activations, while a pass still
+// fills the GPU. A pass of 16384 rows of 256 channels also keeps its arrays (8.4 MB each) in L2.
+static size_t bf16_pass_rows(size_t N) {
+    if (N < 16384) return N;
+    return N / 2 < 32768 ? N / 2 : 32768;
+}
+
 static void store_bf16(Backend *b) {
     b->act_bytes = sizeof(bf16);
     b->write_acts = bf16_write_acts;
     b->read_acts = bf16_read_acts;
     b->work_bytes = bf16_work_bytes;
+    b->pass_rows = bf16_pass_rows;
     b->sync_params = bf16_sync_params;
 }
 

@@ -27,8 +27,9 @@ static void report(bool ok, const char *name, const char *detail) {
 
 // B T C O K dil. Tiles are 32, 64 and 128 wide and long, kernels choose by size: these cross every
 // edge. The first SMALL are what the sanitizers run.
-enum { SMALL = 4 };
+enum { SMALL = 6 };
 static const ConvShape ugly[] = {
+    {2, 70, 64, 64, 3, 4},      {1, 40, 16, 24, 5, 3},  // for wgmma, for mma
     {1, 1, 1, 1, 1, 1},         {3, 37, 33, 31, 3, 4},      {2, 66, 36, 68, 2, 100},
     {1, 130, 8, 132, 3, 2},     {1, 513, 4, 4, 7, 5},       {3, 5, 100, 32, 7, 3},
     {1, 31, 32, 32, 3, 1},      {1, 32, 32, 33, 2, 1},      {1, 33, 31, 32, 1, 1},
@@ -40,6 +41,10 @@ static const ConvShape ugly[] = {
     {1, 12737, 8, 12, 3, 4},    {3, 4247, 5, 7, 2, 9},      {3, 2140, 4, 132, 2, 6},
     {2, 3201, 132, 4, 3, 17},   {1, 6337, 12, 20, 1, 1},    {2, 1301, 100, 68, 3, 5},
     {1, 6400, 256, 5, 1, 1},
+    // the tensor cores' own edges: rows of a tile, channels of a box, the farthest tap
+    {3, 130, 256, 256, 3, 4},   {2, 200, 64, 192, 3, 30},   {1, 1, 256, 256, 3, 4},
+    {4, 513, 256, 256, 3, 60},  {2, 130, 256, 256, 3, 61},  {3, 100, 40, 72, 2, 9},
+    {7, 63, 8, 256, 1, 1},      {2, 4100, 256, 128, 1, 1},  {130, 65, 64, 64, 3, 2},
 };
 enum { UGLY = sizeof ugly / sizeof *ugly, RANDOM = 200 };
 
@@ -53,8 +58,9 @@ static ConvShape random_shape(uint64_t seed, int i) {
                    .C = between(seed, i, 2, 1, 130), .O = between(seed, i, 3, 1, 130),
                    .K = between(seed, i, 4, 1, 7)};
     s.dil = between(seed, i, 5, 1, s.T + 5);
-    // Every other shape has whole vectors, as real models do.
-    if (i % 2) s.C = (s.C + 3) / 4 * 4, s.O = (s.O + 3) / 4 * 4;
+    // Every other shape has whole vectors, as real models do: of float32, of bf16.
+    if (i % 4 == 1) s.C = (s.C + 3) / 4 * 4, s.O = (s.O + 3) / 4 * 4;
+    if (i % 4 == 3) s.C = (s.C + 7) / 8 * 8, s.O = (s.O + 7) / 8 * 8, s.K = (s.K + 1) / 2;
     // LayerNorm of two values is +-1 whatever they are: its gradient is all cancellation.
     if (s.C == 2) s.C = 3;
     return s;
@@ -392,7 +398,14 @@ static int run_all(const Options *o) {
         for (int j = 0; j < i; j++) first = first && strcmp(k[j].op, k[i].op) != 0;
         if (first) check_operation(k, n, k[i].op, o);
     }
-    if (o->check && !o->kernel) test_models(o);
+    if (o->check && !o->kernel) {
+        GpuInfo g;
+        Error e;
+        const ConvShape paper = {8, 512, 256, 256, 3, 4};
+        if (gpu_open(&g, &e) == 0 && g.capability == 90)
+            check(tensor_supported(paper), "on Hopper the paper's convs run on wgmma");
+        test_models(o);
+    }
     if (o->time) time_kernels(o);
     return 0;
 }
