@@ -158,6 +158,43 @@ static void gpu_read_acts(real *dst, const act *src, size_t n) {
 // bytes more per parameter, and no conversion on the way into a convolution.
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
+// Launches that overlap (Hopper's programmatic dependent launch): the blocks of a kernel may take
+// the places of the one before as soon as all of that one's are running, and wait in
+// begin_dependent until it is done. That hides a launch, 1 to 2 us, of which a step has some 90.
+// optimize and sync_params are launched plainly: conv_tensor.cu says why.
+#if CUDART_VERSION >= 12030
+#define LAUNCH(kernel, grid, block, ...)                             \
+    do {                                                             \
+        cudaLaunchConfig_t config = dependent_launch(grid, block);   \
+        (void)cudaLaunchKernelEx(&config, kernel, __VA_ARGS__);      \
+    } while (0)
+static cudaLaunchConfig_t dependent_launch(dim3 grid, dim3 block) {
+    static GpuInfo gpu;
+    static cudaLaunchAttribute overlap;
+    Error e;
+    if (gpu.capability == 0) gpu_open(&gpu, &e);
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t c = cudaLaunchConfig_t();
+    c.gridDim = grid;
+    c.blockDim = block;
+    c.stream = gpu_stream;
+    c.attrs = &overlap;
+    c.numAttrs = gpu.capability >= 90;
+    return c;
+}
+#else
+#define LAUNCH(kernel, grid, block, ...) kernel<<<grid, block, 0, gpu_stream>>>(__VA_ARGS__)
+#endif
+
+// First in such a kernel: nothing of the kernel before is read, and nothing written that it may
+// still read, until it is done; only then may the next one's blocks come.
+static __device__ __forceinline__ void begin_dependent() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 static unsigned blocks_for(size_t n, size_t per_block) { return (unsigned)ceil_div(n, per_block); }
 
 static void bf16_write_acts(act *dst, const real *src, size_t n) {
@@ -300,6 +337,7 @@ static __device__ float2 warp_moments(const T *x, int C, int lane) {
 template <bool VEC, typename T>
 __global__ void norm_rows_tiled(T *out, const T *x, const float *gain, const float *bias, size_t N,
                                 int C) {
+    begin_dependent();
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (n >= N) return;
@@ -320,11 +358,11 @@ static void norm_forward_tiled(act *out, const act *x, const real *gain, const r
                                size_t N, int C) {
     bool vec = C % 4 == 0 && aligned16(out) && aligned16(x) && aligned16(gain) && aligned16(bias);
     if (vec)
-        norm_rows_tiled<true><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (T *)out, (const T *)x, gain, bias, N, C);
+        LAUNCH((norm_rows_tiled<true, T>), blocks_for(N, WARPS), THREADS,
+               (T *)out, (const T *)x, gain, bias, N, C);
     else
-        norm_rows_tiled<false><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (T *)out, (const T *)x, gain, bias, N, C);
+        LAUNCH((norm_rows_tiled<false, T>), blocks_for(N, WARPS), THREADS,
+               (T *)out, (const T *)x, gain, bias, N, C);
     LAUNCHED("norm_forward_tiled");
 }
 
@@ -393,6 +431,7 @@ enum { NORM_ROWS = 32, AT_ONCE = 8 };
 template <bool VEC, typename T>
 __global__ void norm_backward_rows(T *dx, float *part, const T *dout, const T *x,
                                    const float *gain, size_t N, int C, bool accumulate) {
+    begin_dependent();
     __shared__ float4 row_figures[NORM_ROWS];  // mean, rstd, average g, average g*xhat
     size_t n0 = (size_t)blockIdx.x * NORM_ROWS;
     int rows = N - n0 < NORM_ROWS ? (int)(N - n0) : NORM_ROWS, lane = threadIdx.x % 32;
@@ -443,6 +482,7 @@ __global__ void norm_backward_rows(T *dx, float *part, const T *dout, const T *x
 // first[c], second[c] += the sums over rows of part (rows, 2, C). A block takes 32 columns of one
 // of the two: 32 lines of threads each add every 32nd row, then the first line adds up the 32.
 __global__ void add_pairs(float *first, float *second, const float *part, size_t rows, int C) {
+    begin_dependent();
     __shared__ float sums[32][33];
     int tx = threadIdx.x, ty = threadIdx.y, c = blockIdx.x * 32 + tx;
     float sum = 0;
@@ -463,14 +503,13 @@ static void norm_backward_tiled(act *dx, real *dgain, real *dbias, const act *do
     float *part = (float *)work;
     unsigned blocks = blocks_for(N, NORM_ROWS);
     if (C % 4 == 0 && aligned16(x) && aligned16(dout) && aligned16(gain))
-        norm_backward_rows<true><<<blocks, THREADS, 0, gpu_stream>>>(
-            (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
+        LAUNCH((norm_backward_rows<true, T>), blocks, THREADS,
+               (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
     else
-        norm_backward_rows<false><<<blocks, THREADS, 0, gpu_stream>>>(
-            (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
+        LAUNCH((norm_backward_rows<false, T>), blocks, THREADS,
+               (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
     LAUNCHED("norm_backward_tiled");
-    add_pairs<<<dim3(blocks_for(C, 32), 2), dim3(32, 32), 0, gpu_stream>>>(dgain, dbias, part,
-                                                                            blocks, C);
+    LAUNCH(add_pairs, dim3(blocks_for(C, 32), 2), dim3(32, 32), dgain, dbias, part, blocks, C);
     LAUNCHED("add_pairs");
 }
 
@@ -500,6 +539,7 @@ static void embed_forward_naive(act *x, const int *ids, const real *table, const
 template <bool VEC, typename T>
 __global__ void gather_tiled(T *x, const int *ids, const float *rows, const float *bias,
                              size_t N, int C) {
+    begin_dependent();
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     if (n >= N) return;
     const float *from = ids[n] == BYTE_DROPPED ? bias : rows + (size_t)ids[n] * C;
@@ -512,11 +552,11 @@ static void embed_forward_tiled(act *x, const int *ids, const real *table, const
                                 const real *bias, size_t N, int C, void *work) {
     norm_forward_tiled<float>(work, table, gain, bias, V, C);
     if (C % 4 == 0 && aligned16(x) && aligned16(bias))
-        gather_tiled<true><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (T *)x, ids, (const float *)work, bias, N, C);
+        LAUNCH((gather_tiled<true, T>), blocks_for(N, WARPS), THREADS,
+               (T *)x, ids, (const float *)work, bias, N, C);
     else
-        gather_tiled<false><<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-            (T *)x, ids, (const float *)work, bias, N, C);
+        LAUNCH((gather_tiled<false, T>), blocks_for(N, WARPS), THREADS,
+               (T *)x, ids, (const float *)work, bias, N, C);
     LAUNCHED("embed_forward_tiled");
 }
 
@@ -536,6 +576,7 @@ __global__ void segment_sums_naive(float *drows, const float *dx, const int *ids
     drows[i] = sum;
 }
 __global__ void add_row(float *to, const float *from, int C) {
+    begin_dependent();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c < C) to[c] += from[c];
 }
@@ -549,7 +590,7 @@ static void embed_backward_naive(real *dtable, real *dgain, real *dbias, const a
         drows, (const float *)dx, ids, N, C);
     LAUNCHED("embed_backward_naive");
     norm_backward_naive(dtable, dgain, dbias, drows, table, gain, V, C, true, rest);
-    add_row<<<blocks_for(C, THREADS), THREADS, 0, gpu_stream>>>(dbias, drows + (size_t)V * C, C);
+    LAUNCH(add_row, blocks_for(C, THREADS), THREADS, dbias, drows + (size_t)V * C, C);
     LAUNCHED("add_row");
 }
 
@@ -569,6 +610,7 @@ static size_t embed_slabs(size_t N, int C) {
 template <typename T>
 __global__ void segment_sums_tiled(float *part, const T *dx, const int *ids, size_t N, int C,
                                    size_t slab_rows) {
+    begin_dependent();
     __shared__ int list[LIST], warp_counts[WARPS];
     int v = blockIdx.x, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     size_t begin = blockIdx.y * slab_rows, end = begin + slab_rows < N ? begin + slab_rows : N;
@@ -609,6 +651,7 @@ __global__ void segment_sums_tiled(float *part, const T *dx, const int *ids, siz
 
 // out[i] = the sum over slabs of part (slabs, n)
 __global__ void sum_slabs(float *out, const float *part, size_t n, size_t slabs) {
+    begin_dependent();
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float sum = 0;
@@ -624,13 +667,13 @@ static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const a
     size_t values = (size_t)(V + 1) * C, slabs = embed_slabs(N, C);
     size_t slab_rows = ceil_div(ceil_div(N, LIST), slabs) * LIST;
     float *drows = (float *)work, *part = drows + values / 4 * 4 + 4;  // both on 16 bytes
-    segment_sums_tiled<<<dim3(V + 1, (unsigned)slabs), THREADS, 0, gpu_stream>>>(
-        part, (const T *)dx, ids, N, C, slab_rows);
+    LAUNCH(segment_sums_tiled<T>, dim3(V + 1, (unsigned)slabs), THREADS,
+           part, (const T *)dx, ids, N, C, slab_rows);
     LAUNCHED("embed_backward_tiled");
-    sum_slabs<<<blocks_for(values, THREADS), THREADS, 0, gpu_stream>>>(drows, part, values, slabs);
+    LAUNCH(sum_slabs, blocks_for(values, THREADS), THREADS, drows, part, values, slabs);
     LAUNCHED("sum_slabs");
     norm_backward_tiled<float>(dtable, dgain, dbias, drows, table, gain, V, C, true, part);
-    add_row<<<blocks_for(C, THREADS), THREADS, 0, gpu_stream>>>(dbias, drows + (size_t)V * C, C);
+    LAUNCH(add_row, blocks_for(C, THREADS), THREADS, dbias, drows + (size_t)V * C, C);
     LAUNCHED("add_row");
 }
 
@@ -657,6 +700,7 @@ static void act_backward_naive(act *dpre, const act *dout, const act *pre, Dropo
 template <bool VEC, typename T>
 __global__ void act_backward_four(T *dpre, const T *dout, const T *pre, Dropout drop, size_t n,
                                   int O) {
+    begin_dependent();
     size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x), at = drop.first * O + i;
     if (i >= n) return;
     int left = n - i < 4 ? (int)(n - i) : 4;
@@ -675,11 +719,11 @@ static void act_backward_tiled(act *dpre, const act *dout, const act *pre, Dropo
                                ConvShape s) {
     size_t n = (size_t)s.B * s.T * s.O;
     if (s.O % 4 == 0 && aligned16(dpre) && aligned16(dout) && aligned16(pre))
-        act_backward_four<true><<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
-            (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
+        LAUNCH((act_backward_four<true, T>), blocks_for(n, 4 * THREADS), THREADS,
+               (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
     else
-        act_backward_four<false><<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
-            (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
+        LAUNCH((act_backward_four<false, T>), blocks_for(n, 4 * THREADS), THREADS,
+               (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
     LAUNCHED("act_backward_tiled");
 }
 
@@ -722,6 +766,7 @@ static void cross_entropy_naive(real *losses, act *logits, const int *targets, f
 template <typename T>
 __global__ void cross_entropy_warp(float *losses, T *logits, const int *targets, float cap,
                                    float scale, size_t N) {
+    begin_dependent();
     static_assert(V == 256, "eight values in each of 32 lanes");
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
@@ -759,8 +804,8 @@ __global__ void cross_entropy_warp(float *losses, T *logits, const int *targets,
 template <typename T>
 static void cross_entropy_tiled(real *losses, act *logits, const int *targets, float cap,
                                 float scale, size_t N) {
-    cross_entropy_warp<<<blocks_for(N, WARPS), THREADS, 0, gpu_stream>>>(
-        losses, (T *)logits, targets, cap, scale, N);
+    LAUNCH(cross_entropy_warp<T>, blocks_for(N, WARPS), THREADS,
+           losses, (T *)logits, targets, cap, scale, N);
     LAUNCHED("cross_entropy_tiled");
 }
 
@@ -787,6 +832,7 @@ static __device__ double block_sum(double v) {
 
 // tiled: one block, each thread adds every 1024th loss
 __global__ void add_losses_block(StepState *state, const float *losses, size_t N) {
+    begin_dependent();
     double sum = 0;
 #pragma unroll 8
     for (size_t n = threadIdx.x; n < N; n += 1024) sum += losses[n];
@@ -795,7 +841,7 @@ __global__ void add_losses_block(StepState *state, const float *losses, size_t N
 }
 static void add_losses_tiled(StepState *state, const real *losses, size_t N, void *work) {
     (void)work;
-    add_losses_block<<<1, 1024, 0, gpu_stream>>>(state, losses, N);
+    LAUNCH(add_losses_block, 1, 1024, state, losses, N);
     LAUNCHED("add_losses_tiled");
 }
 
@@ -804,6 +850,7 @@ static void add_losses_tiled(StepState *state, const real *losses, size_t N, voi
 // One thread per byte; each finds its window's start for itself. Nothing to tile: 20 bytes each.
 __global__ void draw_bytes(int *ids, int *targets, Corpus c, const StepState *state, uint64_t seed,
                            uint32_t byte_threshold, uint64_t first, int B, int T) {
+    begin_dependent();
     size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= (size_t)B * T) return;
     uint64_t row = first + n / T, t = n % T;
@@ -814,8 +861,8 @@ __global__ void draw_bytes(int *ids, int *targets, Corpus c, const StepState *st
 }
 static void draw_batch_each(int *ids, int *targets, Corpus corpus, const StepState *state,
                             uint64_t seed, uint32_t byte_threshold, uint64_t first, int B, int T) {
-    draw_bytes<<<blocks_for((size_t)B * T, THREADS), THREADS, 0, gpu_stream>>>(
-        ids, targets, corpus, state, seed, byte_threshold, first, B, T);
+    LAUNCH(draw_bytes, blocks_for((size_t)B * T, THREADS), THREADS,
+           ids, targets, corpus, state, seed, byte_threshold, first, B, T);
     LAUNCHED("draw_batch_each");
 }
 
@@ -837,6 +884,7 @@ __global__ void squares_naive(double *part, const float *x, size_t n) {
 }
 // tiled: one block per slab, neighbours next to each other
 __global__ void squares_tiled(double *part, const float *x, size_t n) {
+    begin_dependent();
     double sum = 0;
 #pragma unroll
     for (int j = 0; j < NORM_SLAB; j += 1024) {
@@ -918,7 +966,7 @@ static void optimize_tiled(real *params, real *grads, real *m, real *v, real *em
                            void *work) {
     size_t slabs = ceil_div(n, NORM_SLAB);
     AdamWStep *a = step_numbers(work, slabs);
-    squares_tiled<<<(unsigned)slabs, 1024, 0, gpu_stream>>>((double *)work, grads, n);
+    LAUNCH(squares_tiled, (unsigned)slabs, 1024, (double *)work, grads, n);
     LAUNCHED("squares_tiled");
     begin_step<<<1, 1024, 0, gpu_stream>>>(a, state, (double *)work, slabs, loss_scale, hyper);
     LAUNCHED("begin_step");
@@ -1011,12 +1059,9 @@ static Backend memory_half(void) {
 }
 const Backend gpu_memory = memory_half();
 
-// At least two passes to a step of many rows: half the memory for activations, while a pass still
-// fills the GPU. A pass of 16384 rows of 256 channels also keeps its arrays (8.4 MB each) in L2.
-static size_t bf16_pass_rows(size_t N) {
-    if (N < 16384) return N;
-    return N / 2 < 32768 ? N / 2 : 32768;
-}
+// Two passes to a step of many rows: half the memory for activations, while a pass still fills the
+// GPU. A pass of 16384 rows of 256 channels also keeps its arrays (8.4 MB each) in L2.
+static size_t bf16_pass_rows(size_t N) { return N < 16384 ? N : N / 2; }
 
 static void store_bf16(Backend *b) {
     b->act_bytes = sizeof(bf16);
