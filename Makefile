@@ -168,8 +168,11 @@ sanitize: test_kernels
 
 # libFuzzer on the checkpoint reader, a minute by default. Needs clang and its runtime.
 FUZZ_SECONDS ?= 60
-fuzz:
+fuzz: train
 	@mkdir -p build/corpus
+	./train --device cpu --channels 4 --blocks 1 --steps 1 --batch 1 --seq 64 --sample-bytes 0 \
+	--out build/seed 2>/dev/null
+	cp build/seed/*.safetensors build/corpus
 	clang -g -O1 -std=c11 -DFUZZ -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas \
 	checkpoint.c model.c -lm -o fuzz_checkpoint
 	./fuzz_checkpoint -max_total_time=$(FUZZ_SECONDS) -max_len=65536 build/corpus
