@@ -22,7 +22,7 @@ conv forward: residual subtracted | model.c | out[j0 + j] = res ? res[j0 + j] + 
 conv backward: weights not transposed | model.c | pack(panels, w, s.K, s.O, s.C, 1, (size_t)s.O); | pack(panels, w, s.K, s.O, s.C, (size_t)s.C, 1);
 conv backward: written, not accumulated | model.c | d[i] = accumulate ? d[i] + g[i] : g[i]; | d[i] = g[i];
 conv backward: accumulated, not written | model.c | d[i] = accumulate ? d[i] + g[i] : g[i]; | d[i] = d[i] + g[i];
-conv weight gradient: taps reversed | model.c | int64_t reach = (int64_t)k * s->dil; | int64_t reach = (int64_t)(s->K - 1 - k) * s->dil;
+conv weight gradient: taps reversed | model.c | int64_t reach = (int64_t)k * job->dil; | int64_t reach = (int64_t)(s->K - 1 - k) * job->dil;
 conv weight gradient: x not shifted | model.c | (size_t)(t0 - reach)) * s->C; | (size_t)t0) * s->C;
 conv weight gradient: first span only | model.c | for (int64_t t0 = reach; t0 < s->T; t0 += SPAN) { | for (int64_t t0 = reach; t0 < s->T && t0 < reach + SPAN; t0 += SPAN) {
 conv weight gradient: first row of the batch only | model.c | for (int n = 0; n < s->B; n++) | for (int n = 0; n < 1; n++)
