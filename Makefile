@@ -100,7 +100,7 @@ test_gradcheck_f32: build/test_gradcheck.o build/model.o
 
 # ---- Use ----
 
-demo: train
+demo: train sample
 	./train --preset small --out out
 
 data/tinyshakespeare.txt:
