@@ -355,7 +355,7 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
         } else if (o->kind == OPT_FLAG) {
             *(bool *)o->value = strcmp(saved, "yes") == 0;
         } else if (o->kind != OPT_TEXT || *saved) {
-            parse_value(cli, o, copy_text(saved));
+            parse_value(cli, o, o->kind == OPT_TEXT ? copy_text(saved) : saved);
         }
     }
     return 0;
@@ -615,7 +615,8 @@ static void evaluate(Run *r) {
 static void train(Run *r) {
     r->first_step = r->step;
     r->started = r->last_seen = now();
-    for (int64_t queued = r->step; r->step < opt.steps && !stop_signal;) {
+    int64_t queued = r->step;
+    while (queued < opt.steps && !stop_signal) {
         model_train_step(&r->model);
         queued++;
         bool due = queued % opt.eval_every == 0 || queued == opt.steps ||
@@ -624,6 +625,7 @@ static void train(Run *r) {
             see_steps(r, queued);
         if (due) evaluate(r);
     }
+    if (queued > r->step) see_steps(r, queued);  // the signal came after the last look
     end_line(r);
 }
 
