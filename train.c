@@ -365,7 +365,8 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
 static int take_saved_files(Cli *cli, const Checkpoint *ck, Error *e) {
     const char *saved = checkpoint_get(ck, "files");
     if (!saved) return fail(e, "%s: no files in its metadata", ck->name);
-    if (cli->n_files) return 0;
+    if (cli->n_files || !*saved) return 0;
+    free(cli->files);
     char *names = copy_text(saved), *save;
     size_t most = 1;
     for (const char *p = names; *p; p++) most += *p == '\n';
@@ -630,7 +631,7 @@ static void train(Run *r) {
 }
 
 static int begin(Run *r, Error *e) {
-    Checkpoint ck = {0};
+    static Checkpoint ck;
     char path[4096];
     if (opt.resume) {
         opt.out = opt.resume;
