@@ -1,5 +1,6 @@
 # make            every program, with CUDA where nvcc is found       make test      all tests
 # make demo       train on the built-in corpus for a minute          make doctor    what was found
+# make shakespeare    fetch TinyShakespeare and train the recipe     make plot      loss curves
 # Override on the command line: CC=clang  NVCC=  (no CUDA)  ARCH=90a  OPENMP=  (one thread)
 
 # ---- What this machine has. Every probe compiles or runs something; none trusts a name alone. ----
@@ -103,6 +104,14 @@ test_gradcheck_f32: build/test_gradcheck.o build/model.o
 demo: train sample
 	./train --preset small --out out
 
+# The recipe on the text that it was sought on.
+shakespeare: train sample data/tinyshakespeare.txt
+	@mkdir -p out
+	./train data/tinyshakespeare.txt --preset shakespeare --out out/shakespeare
+	@if ! command -v gnuplot >/dev/null; then echo "no gnuplot, no picture: see make plot"; \
+	else $(MAKE) --no-print-directory plot RUN=out/shakespeare LINE=1.4697 \
+	LINE_TITLE="nanoGPT, 10.7 M parameters"; fi
+
 data/tinyshakespeare.txt:
 	@set -e; trap 'rm -f $@.part' EXIT; \
 	url=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt; \
@@ -114,17 +123,25 @@ data/tinyshakespeare.txt:
 	[ "$${got%% *}" = $$sum ] || { echo "$@: got SHA-256 $${got%% *}, expected $$sum"; exit 1; }; \
 	mv $@.part $@
 
-# The loss curves of RUN (a folder) as RUN/loss.png.
+# The loss curves of RUN (a folder) as RUN/loss.png: training as the mean of every n steps, at most
+# 150 points. LINE=1.4697 adds a level, LINE_TITLE names it. The first twentieth, where the loss
+# falls from 5.5, may stand out of the picture.
 RUN ?= out
+comma := ,
 plot:
 	@command -v gnuplot >/dev/null || { echo "make plot needs gnuplot: apt-get install gnuplot-nox \
 	(or brew install gnuplot); $(RUN)/log.tsv is plain text for any other plotter"; exit 1; }
 	@[ -f $(RUN)/log.tsv ] || { echo "$(RUN)/log.tsv is not there: train first, or name RUN=DIR"; \
 	exit 1; }
-	gnuplot -e "set terminal pngcairo size 900,540; set output '$(RUN)/loss.png'; \
-	set xlabel 'step'; set ylabel 'nats per byte'; set grid; set datafile missing 'nan'; \
-	set key autotitle columnhead; plot '$(RUN)/log.tsv' using 1:2 with lines title 'training', \
-	'' using 1:3 with linespoints pointtype 7 title 'held out'"
+	@gnuplot -e "log = '$(RUN)/log.tsv'; set terminal pngcairo size 900,540; \
+	set output '$(RUN)/loss.png'; set xlabel 'step'; set ylabel 'nats per byte'; set grid; \
+	set datafile missing 'nan'; stats log using 1 nooutput; last = STATS_max; \
+	n = ceil(last / 150.0); top = 0; top(x) = (x > top ? (top = x) : top); \
+	stats log using (\$$1 > last / 20 ? top(\$$2) : 0) nooutput; \
+	stats log using (top(\$$3)) nooutput; set yrange [*:1.02 * top]; \
+	plot log using (n * floor((\$$1 - 1) / n) + n / 2.0):2 smooth unique with lines lw 2 \
+	title sprintf('training, mean of %d steps', n), log using 1:3 with linespoints lw 2 pt 7 \
+	title 'held out' $(if $(LINE),$(comma) $(LINE) with lines dt 2 title '$(LINE) $(LINE_TITLE)')"
 	@echo "$(RUN)/loss.png"
 
 doctor:
@@ -177,4 +194,4 @@ fuzz: train
 	checkpoint.c model.c -lm -o fuzz_checkpoint
 	./fuzz_checkpoint -max_total_time=$(FUZZ_SECONDS) -max_len=65536 build/corpus
 
-.PHONY: all demo plot doctor test asan try mutate check-kernels sanitize fuzz FORCE
+.PHONY: all demo shakespeare plot doctor test asan try mutate check-kernels sanitize fuzz FORCE

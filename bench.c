@@ -67,7 +67,7 @@ static double median_seconds(void (*f)(void *), void *arg, double *spread) {
     static double t[MOST];
     int n = 0;
     f(arg);  // warm-up
-    for (double begin = now(); n < MOST && (n < 5 || now() - begin < opt.seconds); n++) {
+    for (double begin = now(); n < MOST && (n < 3 || now() - begin < opt.seconds); n++) {
         double t0 = now();
         f(arg);
         t[n] = now() - t0;
@@ -122,9 +122,12 @@ static void queued_steps(void *m) {
     finish(m);
 }
 
-// Median seconds of a step.
+// Median seconds of a step. Slow kernels are timed step by step: they must not take minutes.
 static double step_seconds(Model *m, double *spread) {
-    if (m->backend == &cpu_backend) return median_seconds(one_step, m, spread);
+    one_step(m);  // loads the kernels, records the step
+    double t0 = now();
+    one_step(m);
+    if (m->backend == &cpu_backend || now() - t0 > 0.05) return median_seconds(one_step, m, spread);
     return median_seconds(queued_steps, m, spread) / QUEUED;
 }
 
@@ -163,84 +166,144 @@ static void step_table(void) {
 
 // ---- Where a step's time goes: a backend that times every call and passes it on -----------------
 
-enum { EMBED_F, EMBED_B, NORM_F, NORM_B, CONV_F, CONV_BI, CONV_BW, ACT_B, LOSS, SUM, BATCH, OPTIM,
+enum { ZERO, BATCH, EMBED_F, NORM_F, CONV_F, LOSS, SUM, NORM_B, CONV_BI, CONV_BW, EMBED_B, OPTIM,
        N_TIMED };
 static const char *const timed_names[N_TIMED] = {
-    "embed_forward", "embed_backward", "norm_forward", "norm_backward", "conv_forward",
-    "conv_backward_input", "conv_backward_weight", "act_backward", "cross_entropy", "add_losses",
-    "draw_batch", "optimize"};
+    "zero", "draw_batch", "embed_forward", "norm_forward", "conv_forward", "cross_entropy",
+    "add_losses", "norm_backward", "conv_backward_input", "conv_backward_weight", "embed_backward",
+    "optimize"};
+static double timed[N_TIMED];  // seconds
 static struct {
-    double seconds, flops;
+    double flops, bytes;  // operations; bytes that must move, every operand once
     int calls;
-} timed[N_TIMED];
-static const Model *timed_model;
+} counted[N_TIMED];
 
-// Times one call; `flops` 0 for what only moves data.
-#define TIMED(entry, operations, call)           \
-    do {                                         \
-        finish(timed_model);                     \
-        double t0 = now();                       \
-        call;                                    \
-        finish(timed_model);                     \
-        timed[entry].seconds += now() - t0;      \
-        timed[entry].flops += (operations);      \
-        timed[entry].calls++;                    \
+// Counts and times one call. A GPU's clock is read when the step is over.
+#define TIMED(entry, operations, moved, call)                     \
+    do {                                                          \
+        double t0 = now();                                        \
+        call;                                                     \
+        if (backend == &cpu_backend) timed[entry] += now() - t0;  \
+        else gpu_lap(entry);                                      \
+        counted[entry].flops += (operations);                     \
+        counted[entry].bytes += (moved);                          \
+        counted[entry].calls++;                                   \
     } while (0)
 
 static double conv_flops(ConvShape s) { return 2.0 * s.B * s.T * s.C * s.O * s.K; }
+// One array of activations (N,C).
+static double array_bytes(size_t N, int C) { return (double)(N * backend->act_bytes) * C; }
 
+static double weight_bytes(ConvShape s) {
+    return (double)backend->act_bytes * s.K * s.C * s.O;  // tensor reads them in bf16, too
+}
+
+static void t_zero(void *p, size_t bytes) {
+    TIMED(ZERO, 0, (double)bytes, backend->zero(p, bytes));
+}
 static void t_embed_forward(act *x, const int *ids, const real *table_, const real *gain,
                             const real *bias, size_t N, int C, void *work) {
-    TIMED(EMBED_F, 0, backend->embed_forward(x, ids, table_, gain, bias, N, C, work));
+    TIMED(EMBED_F, 0, array_bytes(N, C) + 4.0 * (double)N,
+          backend->embed_forward(x, ids, table_, gain, bias, N, C, work));
 }
 static void t_embed_backward(real *dtable, real *dgain, real *dbias, const act *dx, const int *ids,
                              const real *table_, const real *gain, size_t N, int C, void *work) {
-    TIMED(EMBED_B, 0,
+    TIMED(EMBED_B, 0, array_bytes(N, C) + 4.0 * (double)N,
           backend->embed_backward(dtable, dgain, dbias, dx, ids, table_, gain, N, C, work));
 }
 static void t_norm_forward(act *out, const act *x, const real *gain, const real *bias, size_t N,
                            int C) {
-    TIMED(NORM_F, 0, backend->norm_forward(out, x, gain, bias, N, C));
+    TIMED(NORM_F, 0, 2 * array_bytes(N, C), backend->norm_forward(out, x, gain, bias, N, C));
 }
-static void t_norm_backward(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
-                            const real *gain, size_t N, int C, bool accumulate, void *work) {
-    TIMED(NORM_B, 0,
-          backend->norm_backward(dx, dgain, dbias, dout, x, gain, N, C, accumulate, work));
+static void t_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
+                            const act *dout, const act *x, const real *gain, const real *bias,
+                            float scale, size_t N, int C, bool accumulate, void *work) {
+    int arrays = 3 + accumulate + (again != NULL) + 2 * (pre != NULL);  // dout, x, dx and the rest
+    TIMED(NORM_B, 0, arrays * array_bytes(N, C),
+          backend->norm_backward(dx, dgain, dbias, again, pre, dout, x, gain, bias, scale, N, C,
+                                 accumulate, work));
 }
 static void t_conv_forward(act *out, act *pre, const act *x, const real *w, const real *b,
                            const act *res, Dropout drop, ConvShape s, void *work) {
-    TIMED(CONV_F, conv_flops(s), backend->conv_forward(out, pre, x, w, b, res, drop, s, work));
+    size_t N = (size_t)s.B * s.T;
+    int made = 1 + (out != NULL) + (res != NULL);  // arrays of O channels
+    double moved = array_bytes(N, s.C) + made * array_bytes(N, s.O) + weight_bytes(s);
+    TIMED(CONV_F, conv_flops(s), moved,
+          backend->conv_forward(out, pre, x, w, b, res, drop, s, work));
 }
-static void t_conv_backward_input(act *dx, act *a, const act *dy, const real *w, const act *pre,
-                                  Dropout drop, ConvShape s, bool accumulate, void *work) {
-    TIMED(CONV_BI, conv_flops(s),
-          backend->conv_backward_input(dx, a, dy, w, pre, drop, s, accumulate, work));
+static void t_conv_backward_input(act *dx, act *pre, act *a, const act *dy, const real *w,
+                                  float scale, ConvShape s, bool accumulate, void *work) {
+    size_t N = (size_t)s.B * s.T;
+    int made = (dx != NULL) + accumulate + 2 * (pre != NULL) + (a != NULL);  // arrays of C channels
+    double moved = array_bytes(N, s.O) + made * array_bytes(N, s.C) + weight_bytes(s);
+    TIMED(CONV_BI, conv_flops(s), moved,
+          backend->conv_backward_input(dx, pre, a, dy, w, scale, s, accumulate, work));
 }
 static void t_conv_backward_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
-    TIMED(CONV_BW, n * conv_flops(s), backend->conv_backward_weight(jobs, n, s, work));
-}
-static void t_act_backward(act *dpre, const act *dout, const act *pre, Dropout drop, ConvShape s) {
-    TIMED(ACT_B, 0, backend->act_backward(dpre, dout, pre, drop, s));
+    size_t N = (size_t)s.B * s.T;
+    double moved = array_bytes(N, s.C) + array_bytes(N, s.O) + 8.0 * s.K * s.C * s.O;
+    TIMED(CONV_BW, n * conv_flops(s), n * moved, backend->conv_backward_weight(jobs, n, s, work));
 }
 static void t_cross_entropy(real *losses, act *logits, const int *targets, float cap, float scale,
                             size_t N) {
-    TIMED(LOSS, 0, backend->cross_entropy(losses, logits, targets, cap, scale, N));
+    TIMED(LOSS, 0, 2 * array_bytes(N, V),
+          backend->cross_entropy(losses, logits, targets, cap, scale, N));
 }
 static void t_add_losses(StepState *state, const real *losses, size_t N, void *work) {
-    TIMED(SUM, 0, backend->add_losses(state, losses, N, work));
+    TIMED(SUM, 0, 4.0 * (double)N, backend->add_losses(state, losses, N, work));
 }
 static void t_draw_batch(int *ids, int *targets, Corpus corpus, const StepState *state,
                          uint64_t seed, uint32_t threshold, uint64_t first, int B, int T) {
-    TIMED(BATCH, 0, backend->draw_batch(ids, targets, corpus, state, seed, threshold, first, B, T));
+    TIMED(BATCH, 0, 9.0 * B * T,  // a byte of text makes an id and a target
+          backend->draw_batch(ids, targets, corpus, state, seed, threshold, first, B, T));
 }
 static void t_optimize(real *params, real *grads, real *m, real *v, real *ema, size_t n,
                        size_t n_decay, StepState *state, double loss_scale, Hyper h, void *work) {
-    TIMED(OPTIM, 0,
+    TIMED(OPTIM, 0, (ema ? 36.0 : 28.0) * (double)n,  // g; p, m, v and ema twice
           backend->optimize(params, grads, m, v, ema, n, n_decay, state, loss_scale, h, work));
+}
+
+// What the machine could do at best, in operations and bytes a second; 0: not known here.
+static void ceilings(double *flops, double *bytes) {
+    bool cpu = backend == &cpu_backend;
+    *bytes = cpu ? 0 : gpu_copy_rate();
+    *flops = cpu ? 0
+             : backend->act_bytes < sizeof(real) ? gpu_cublas_rate(8192, 8192, 8192, true)
+                                                 : gpu_fma_rate();
+}
+
+static void layers_rows(int steps) {
+    double total = 0, most_flops, most_bytes;
+    ceilings(&most_flops, &most_bytes);
+    for (int i = 0; i < N_TIMED; i++) total += timed[i];
+    if (most_bytes > 0)
+        printf("# the limit: %.0f TFLOP/s (%s) or %.0f GB/s (a large copy), whichever binds\n",
+               most_flops / 1e12, backend->act_bytes < sizeof(real) ? "cuBLAS, 8192^3 in bf16"
+                                                                    : "float32 multiply-adds",
+               most_bytes / 1e9);
+    row(7, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s", "GB/s",
+                            "of the limit"});
+    for (int i = 0; i < N_TIMED; i++) {
+        char c[6][32];
+        double s = timed[i] / steps, f = counted[i].flops / steps, b = counted[i].bytes / steps;
+        double best = most_flops > 0 ? f / most_flops : 0;
+        if (most_bytes > 0 && b / most_bytes > best) best = b / most_bytes;
+        if (!counted[i].calls) continue;
+        row(7, (const char *[]){timed_names[i],
+                                number(c[0], "%.0f", (double)counted[i].calls / steps),
+                                number(c[1], "%.3f", s * 1e3),
+                                number(c[2], "%.1f%%", 100 * timed[i] / total),
+                                f > 0 ? number(c[3], "%.1f", f / s / 1e9) : "-",
+                                number(c[4], "%.1f", b / s / 1e9),
+                                best > 0 ? number(c[5], "%.0f%%", 100 * best / s) : "-"});
+    }
+    char ms[32];
+    row(3, (const char *[]){"all", "", number(ms, "%.3f", total / steps * 1e3)});
 }
 
 static void layers_table(void) {
     Backend b = *backend;
+    b.zero = t_zero;
     b.embed_forward = t_embed_forward;
     b.embed_backward = t_embed_backward;
     b.norm_forward = t_norm_forward;
@@ -248,7 +311,6 @@ static void layers_table(void) {
     b.conv_forward = t_conv_forward;
     b.conv_backward_input = t_conv_backward_input;
     b.conv_backward_weight = t_conv_backward_weight;
-    b.act_backward = t_act_backward;
     b.cross_entropy = t_cross_entropy;
     b.add_losses = t_add_losses;
     b.draw_batch = t_draw_batch;
@@ -260,27 +322,23 @@ static void layers_table(void) {
     int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32;
     int T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
     if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
-    timed_model = &m;
     model_train_step(&m);
-    memset(timed, 0, sizeof timed);
     int steps = 0;
-    double total = 0;
-    for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
+    for (double begin = 0; steps < 3 || now() - begin < opt.seconds; steps++) {
+        if (steps == 0) {  // all before was warm-up
+            if (!cpu) gpu_read_laps(timed);
+            memset(timed, 0, sizeof timed);
+            memset(counted, 0, sizeof counted);
+            begin = now();
+        }
+        if (!cpu) gpu_lap(0);  // starts the clock
         model_train_step(&m);
-    for (int i = 0; i < N_TIMED; i++) total += timed[i].seconds;
+        if (!cpu) gpu_read_laps(timed);
+    }
     char what[96];
     snprintf(what, sizeof what, "a step of %dx%d by operation (one at a time)", B, T);
     title("layers", what);
-    row(5, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s"});
-    for (int i = 0; i < N_TIMED; i++) {
-        char c[4][32];
-        double s = timed[i].seconds / steps, f = timed[i].flops / steps;
-        row(5, (const char *[]){timed_names[i],
-                                number(c[0], "%.0f", (double)timed[i].calls / steps),
-                                number(c[1], "%.3f", s * 1e3),
-                                number(c[2], "%.1f%%", 100 * timed[i].seconds / total),
-                                f > 0 ? number(c[3], "%.1f", f / s / 1e9) : "-"});
-    }
+    layers_rows(steps);
     model_free(&m);
 }
 
@@ -445,7 +503,7 @@ static void ladder_table(void) {
     const Kernel *kernels = gpu_kernels(&n);
     ConvShape s = {opt.batch ? (int)opt.batch : 32, opt.seq ? (int)opt.seq : 1024, 256, 256, 3, 4};
     double copy = gpu_copy_rate(), fma = gpu_fma_rate();
-    double gemm = gpu_cublas_rate(s.B * s.T, 256, 768);
+    double gemm = gpu_cublas_rate(s.B * s.T, 256, 768, false);
     char what[160], c[6][32];
     snprintf(what, sizeof what, "every kernel at %dx%d, C = O = 256, K = 3, dil = 4", s.B, s.T);
     title("ladder", what);

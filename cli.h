@@ -19,7 +19,7 @@
 
 typedef enum {
     OPT_SECTION,  // a heading in --help; nothing to parse
-    OPT_FLAG,     // bool, no value
+    OPT_FLAG,     // bool, no value: --NAME sets it, --no-NAME clears it
     OPT_INT,      // int64_t within [min, max]
     OPT_SEED,     // uint64_t, all of it
     OPT_REAL,     // double within [min, max]
@@ -123,9 +123,11 @@ static inline void print_help(const Cli *cli) {
             printf(":");
             for (int j = 0; o->choices[j]; j++) printf(" %s", o->choices[j]);
         }
-        if (o->kind != OPT_FLAG && *option_text(o, value, sizeof value)) printf(" [%s]", value);
+        bool off = o->kind == OPT_FLAG && !*(bool *)o->value;  // not worth a word
+        if (!off && *option_text(o, value, sizeof value)) printf(" [%s]", value);
         printf("\n");
     }
+    printf("  %-24s %s\n", "--no-NAME", "switches off an option that takes no value");
     printf("  %-24s %s\n", "--help", "this text");
 }
 
@@ -197,7 +199,18 @@ static inline Option *find_option(const Cli *cli, const char *name, size_t lengt
     return NULL;
 }
 
-// --name VALUE and --name=VALUE; `--` ends the options; a lone `-` is a file (standard input).
+// The option that --name speaks of: one of that very name or, for no-FLAG, the flag. NULL where
+// there is none. *on: what a flag becomes.
+static inline Option *find_named(const Cli *cli, const char *name, size_t length, bool *on) {
+    Option *o = find_option(cli, name, length);
+    *on = o != NULL;
+    if (o || length < 3 || strncmp(name, "no-", 3) != 0) return o;
+    o = find_option(cli, name + 3, length - 3);
+    return o && o->kind == OPT_FLAG ? o : NULL;
+}
+
+// --name VALUE and --name=VALUE, --flag and --no-flag; `--` ends the options; a lone `-` is a file
+// (standard input).
 static inline void parse_options(Cli *cli, int argc, char **argv) {
     bool options_end = false;
     cli->files = calloc((size_t)argc + 1, sizeof *cli->files);
@@ -218,13 +231,14 @@ static inline void parse_options(Cli *cli, int argc, char **argv) {
         }
         const char *name = arg + 2, *equals = strchr(arg, '=');
         size_t length = equals ? (size_t)(equals - name) : strlen(arg) - 2;
-        Option *o = arg[1] == '-' ? find_option(cli, name, length) : NULL;
+        bool on;
+        Option *o = arg[1] == '-' ? find_named(cli, name, length, &on) : NULL;
         if (!o) usage_error(cli, "unknown option %s%s", arg, "");
         if (o->given) usage_error(cli, "--%s is given twice%s", o->name, "");
         o->given = true;
         if (o->kind == OPT_FLAG) {
-            if (equals) usage_error(cli, "--%s takes no value%s", o->name, "");
-            *(bool *)o->value = true;
+            if (equals) usage_error(cli, "%s: this option takes no value%s", arg, "");
+            *(bool *)o->value = on;
         } else if (equals) {
             parse_value(cli, o, equals + 1);
         } else if (i + 1 < argc) {

@@ -33,40 +33,42 @@
 // over memory of their own. T: what activations are stored as, float or bf16.
 template <typename T>
 struct Finish {
-    T *out;          // forward: out or NULL          backward: dx
-    T *pre;          // forward: written              backward: read, may be NULL
+    T *out;          // forward: the layer's output, or NULL
+    T *dx;           // backward: the sums' place, or NULL
+    T *pre;          // forward: written      backward: becomes its own gradient, or NULL
     T *a;            // backward: the activation made again, or NULL
     const float *b;  // forward: bias or NULL
     const T *res;    // forward: residual or NULL
-    Dropout drop;
+    Dropout drop;    // backward: its scale alone
     int width;        // of a row of all of these
-    bool accumulate;  // backward without pre: dx += sum
+    bool accumulate;  // backward: dx += sum
 };
 
-// Row n, channel o:  pre = b + sum;  out = res + dropout(gelu(pre)), of pre as it is stored: what
-// backward will read.
+// Row n, channel o:  pre = b + sum, or DROPPED;  out = res + scale * gelu(pre), of pre as it is
+// stored: what backward will read.
 template <typename T>
 static __device__ void finish_forward(const Finish<T> &f, float sum, size_t n, int o) {
     size_t i = n * f.width + o;
-    T stored = (T)(sum + (f.b ? f.b[o] : 0));
+    bool dropped = f.drop.threshold &&
+                   dropout_takes(f.drop, dropout_word(f.drop, n, o, f.width), o % 4);
+    T stored = (T)(dropped ? DROPPED : sum + (f.b ? f.b[o] : 0));
     f.pre[i] = stored;
     if (!f.out) return;
-    float a = gelu(stored) * dropout_factor(f.drop, f.drop.first * f.width + i);
+    float a = dropped ? 0 : f.drop.scale * gelu(stored);
     f.out[i] = (T)(f.res ? (float)f.res[i] + a : a);
 }
 
-// forward:  a = dropout(gelu(pre))     dx = sum * dropout * gelu'(pre), and a once more
+// forward:  a = scale * gelu(pre)      dpre = da * scale * gelu'(pre), and a once more
 template <typename T>
 static __device__ void finish_backward(const Finish<T> &f, float sum, size_t n, int c) {
     size_t i = n * f.width + c;
-    if (!f.pre) {
-        f.out[i] = (T)(f.accumulate ? (float)f.out[i] + sum : sum);
-        return;
-    }
-    float factor = dropout_factor(f.drop, f.drop.first * f.width + i), a, slope;
+    if (f.accumulate) sum += (float)f.dx[i];
+    if (f.dx) f.dx[i] = (T)sum;
+    if (!f.pre) return;
+    float a, slope;
     gelu_and_grad(f.pre[i], &a, &slope);
-    if (f.a) f.a[i] = (T)(factor * a);
-    f.out[i] = (T)(sum * factor * slope);
+    if (f.a) f.a[i] = (T)(f.drop.scale * a);
+    f.pre[i] = (T)(sum * f.drop.scale * slope);
 }
 
 // ---- Rung 1: naive
@@ -125,16 +127,21 @@ __global__ void backward_weight_naive(float *dw, float *db, const float *x, cons
     dw[i] += sum;
 }
 
+// Without `out` nothing is dropped; where nothing is dropped, the scale is 1.
 template <typename T = float>
 static Finish<T> forward_finish(act *out, act *pre, const real *b, const act *res, Dropout drop,
                                 ConvShape s) {
-    Finish<T> f = {(T *)out, (T *)pre, NULL, b, (const T *)res, drop, s.O, false};
+    if (!out) drop.threshold = 0;
+    if (drop.threshold == 0) drop.scale = 1;
+    Finish<T> f = {(T *)out, NULL, (T *)pre, NULL, b, (const T *)res, drop, s.O, false};
     return f;
 }
 template <typename T = float>
-static Finish<T> backward_finish(act *dx, act *a, const act *pre, Dropout drop, ConvShape s,
+static Finish<T> backward_finish(act *dx, act *pre, act *a, float scale, ConvShape s,
                                  bool accumulate) {
-    Finish<T> f = {(T *)dx, (T *)pre, (T *)a, NULL, NULL, drop, s.C, accumulate};
+    Dropout drop = Dropout();
+    drop.scale = scale;
+    Finish<T> f = {NULL, (T *)dx, (T *)pre, (T *)a, NULL, NULL, drop, s.C, accumulate};
     return f;
 }
 
@@ -149,13 +156,12 @@ static void conv_forward_naive(act *out, act *pre, const act *x, const real *w, 
     LAUNCHED("conv_forward_naive");
 }
 
-static void conv_backward_input_naive(act *dx, act *a, const act *dy, const real *w,
-                                      const act *pre, Dropout drop, ConvShape s, bool accumulate,
-                                      void *work) {
+static void conv_backward_input_naive(act *dx, act *pre, act *a, const act *dy, const real *w,
+                                      float scale, ConvShape s, bool accumulate, void *work) {
     (void)work;
     size_t n = (size_t)s.B * s.T * s.C;
     backward_input_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
-        (const float *)dy, w, backward_finish(dx, a, (act *)pre, drop, s, accumulate), s);
+        (const float *)dy, w, backward_finish(dx, pre, a, scale, s, accumulate), s);
     LAUNCHED("conv_backward_input_naive");
 }
 
@@ -262,11 +268,11 @@ static void conv_forward_tile(act *out, act *pre, const act *x, const real *w, c
     LAUNCHED("conv_forward_tile");
 }
 
-static void conv_backward_input_tile(act *dx, act *a, const act *dy, const real *w, const act *pre,
-                                     Dropout drop, ConvShape s, bool accumulate, void *work) {
+static void conv_backward_input_tile(act *dx, act *pre, act *a, const act *dy, const real *w,
+                                     float scale, ConvShape s, bool accumulate, void *work) {
     (void)work;
     conv_tile<true><<<tile_grid(s, s.C), dim3(TILE, TILE), 0, gpu_stream>>>(
-        (const float *)dy, w, backward_finish(dx, a, (act *)pre, drop, s, accumulate), s);
+        (const float *)dy, w, backward_finish(dx, pre, a, scale, s, accumulate), s);
     LAUNCHED("conv_backward_input_tile");
 }
 
@@ -388,12 +394,19 @@ static __device__ void finish_forward4(const Finish<T> &f, float4 sum, size_t n,
     size_t i = n * f.width + o;
     float4 b = f.b ? four(f.b + o) : make_float4(0, 0, 0, 0);
     float4 p = stored(make_float4(sum.x + b.x, sum.y + b.y, sum.z + b.z, sum.w + b.w), T());
+    float4 scale = make_float4(f.drop.scale, f.drop.scale, f.drop.scale, f.drop.scale);
+    if (f.drop.threshold) {
+        uint32_t word = dropout_word(f.drop, n, o, f.width);
+        if (dropout_takes(f.drop, word, 0)) p.x = DROPPED, scale.x = 0;
+        if (dropout_takes(f.drop, word, 1)) p.y = DROPPED, scale.y = 0;
+        if (dropout_takes(f.drop, word, 2)) p.z = DROPPED, scale.z = 0;
+        if (dropout_takes(f.drop, word, 3)) p.w = DROPPED, scale.w = 0;
+    }
     put_four(f.pre + i, p);
     if (!f.out) return;
-    float4 d = dropout_factor4(f.drop, f.drop.first * f.width + i);
     float4 r = f.res ? four(f.res + i) : make_float4(0, 0, 0, 0);
-    put_four(f.out + i, make_float4(r.x + gelu(p.x) * d.x, r.y + gelu(p.y) * d.y,
-                                    r.z + gelu(p.z) * d.z, r.w + gelu(p.w) * d.w));
+    put_four(f.out + i, make_float4(r.x + scale.x * gelu(p.x), r.y + scale.y * gelu(p.y),
+                                    r.z + scale.z * gelu(p.z), r.w + scale.w * gelu(p.w)));
 }
 template <bool VEC, typename T>
 static __device__ void finish_backward4(const Finish<T> &f, float4 sum, size_t n, int c) {
@@ -405,20 +418,19 @@ static __device__ void finish_backward4(const Finish<T> &f, float4 sum, size_t n
     }
     if (c >= f.width) return;
     size_t i = n * f.width + c;
-    if (!f.pre) {
-        float4 old = f.accumulate ? four(f.out + i) : make_float4(0, 0, 0, 0);
-        put_four(f.out + i,
-                 make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w));
-        return;
-    }
-    float4 p = four(f.pre + i), d = dropout_factor4(f.drop, f.drop.first * f.width + i), a, slope;
+    float4 old = f.accumulate ? four(f.dx + i) : make_float4(0, 0, 0, 0);
+    sum = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+    if (f.dx) put_four(f.dx + i, sum);
+    if (!f.pre) return;
+    float4 p = four(f.pre + i), a, slope;
+    float scale = f.drop.scale;
     gelu_and_grad(p.x, &a.x, &slope.x);
     gelu_and_grad(p.y, &a.y, &slope.y);
     gelu_and_grad(p.z, &a.z, &slope.z);
     gelu_and_grad(p.w, &a.w, &slope.w);
-    if (f.a) put_four(f.a + i, make_float4(d.x * a.x, d.y * a.y, d.z * a.z, d.w * a.w));
-    put_four(f.out + i, make_float4(sum.x * d.x * slope.x, sum.y * d.y * slope.y,
-                                    sum.z * d.z * slope.z, sum.w * d.w * slope.w));
+    if (f.a) put_four(f.a + i, make_float4(scale * a.x, scale * a.y, scale * a.z, scale * a.w));
+    put_four(f.pre + i, make_float4(sum.x * scale * slope.x, sum.y * scale * slope.y,
+                                    sum.z * scale * slope.z, sum.w * scale * slope.w));
 }
 
 // One step's share of the operands: tap k, input channels i0..i0+DEPTH-1, rows n0.., outputs j0..
@@ -517,7 +529,8 @@ template <bool AHEAD, typename T>
 static void pick_block(const T *in, const T *w, const Finish<T> &f, ConvShape s) {
     size_t N = (size_t)s.B * s.T;
     bool vec = s.C % 4 == 0 && s.O % 4 == 0 && aligned16(in) && aligned16(w) && aligned16(f.out) &&
-               aligned16(f.pre) && aligned16(f.a) && aligned16(f.b) && aligned16(f.res);
+               aligned16(f.dx) && aligned16(f.pre) && aligned16(f.a) && aligned16(f.b) &&
+               aligned16(f.res);
     if (ceil_div(N, 128) * ceil_div(f.width, 128) >= BUSY * 3 / 4)
         launch_block<128, AHEAD>(in, w, f, s, vec);
     else
@@ -538,11 +551,10 @@ static void conv_forward_block(act *out, act *pre, const act *x, const real *w, 
 }
 
 template <typename T>
-static void conv_backward_input_block(act *dx, act *a, const act *dy, const real *w,
-                                      const act *pre, Dropout drop, ConvShape s, bool accumulate,
-                                      void *work) {
+static void conv_backward_input_block(act *dx, act *pre, act *a, const act *dy, const real *w,
+                                      float scale, ConvShape s, bool accumulate, void *work) {
     pick_block<true>((const T *)dy, weights_for(T(), w, s, work),
-                     backward_finish<T>(dx, a, (act *)pre, drop, s, accumulate), s);
+                     backward_finish<T>(dx, pre, a, scale, s, accumulate), s);
 }
 
 // The weight gradient on the same tiles. Both operands lie with time as their rows, so both go

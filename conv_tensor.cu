@@ -9,20 +9,19 @@
 // 12 to build. The rungs are the last table of this file:
 //   make check-kernels            # every rung against the CPU, then timed, side by side
 //
-// Measured for wgmma on an H100 80GB HBM3, in a graph, median; C = O = 256, K = 3, dil = 4.
-// Microseconds, then TFLOP/s. Runs differ by less than 5 % mostly, by 14 % at 131072 rows:
+// Measured for wgmma on an H100 80GB HBM3, each kernel many times in a graph, median; C = O = 256,
+// K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by less than 5 % mostly, by 14 % at
+// 131072 rows. (./bench --only ladder launches each alone and adds 5 to 8 us.)
 //   rows                         128  1024  8192  16384        32768              131072
 //   forward, bias and GELU      3.08  4.19   8.7  13.1 (491)  23.2 (556)         86.9 (593)
 //     and a residual            3.08  4.27   9.2  14.2 (453)  28.7 (449)        107.6 (479)
-//     and dropout, no residual  3.58  4.71  10.9  18.2 (354)  30.9 (417)          139 (371)
 //   forward, bias only          2.82  3.98   7.5  11.7 (550)  20.2 (639)      74-84 (611-695)
 //   to the input, through GELU  3.17  4.27   9.8  15.7 (411)  29-30 (430-451) 112-119 (433-461)
 //     plain, accumulated        2.72  3.85   7.8  11.7 (550)  19-21 (617-675) 80-81 (636)
-//   to the weights, one layer    8.7  11.7  26.9  31.5 (204)  40.9 (315)         85.7 (601)
-//     each of three per launch   3.7   5.0  11.6  15.7 (411)  23.3 (553)         70.3 (733)
 //   mma, forward, bias and GELU   22    23    30    64 (101)   112 (115)          418 (123)
-// For comparison: block in float32 takes 346 us for the forward of 32768 rows; large bf16 products
-// of cuBLAS reach 700 to 780 TFLOP/s on that GPU.
+// For comparison: block in float32 takes 342 us for the forward of 32768 rows; large bf16 products
+// of cuBLAS reach 700 to 780 TFLOP/s on that GPU. To the weights, in a step of 32x1024: ten calls
+// 0.34 ms, 364 TFLOP/s.
 #include "kernels.h"
 
 #include <cuda.h>  // CUtensorMap; nothing of libcuda is linked
@@ -47,24 +46,32 @@
 
 // ---- What becomes of the sums, on both rungs
 //
-// Eight channels of one row at a time: 16 bytes of bf16, one access and one draw of dropout.
+// Eight channels of two rows that lie 8 apart at a time, which is where both rungs' matrix
+// instructions leave them: 16 bytes of bf16 each, and one draw of dropout for both.
 
 typedef struct {
-    bf16 *pre, *out;    // forward: pre, and out or NULL;   backward: dx, and a or NULL
-    const bf16 *side;   // read beside the sums. forward: the residual;  backward: pre of the layer
-                        // below, or the dx to add to;  NULL: nothing
+    bf16 *pre;          // forward: written      backward: becomes its own gradient, or NULL
+    bf16 *out;          // forward: or NULL      backward: a, or NULL
+    bf16 *dx;           // backward; or NULL
+    const bf16 *side;   // read beside the sums. forward: the residual;  backward: pre, else the dx
+                        // to add to;  NULL: nothing
     const float *bias;  // forward; or NULL
-    Dropout drop;
-    bool activate;  // backward: side is pre
+    Dropout drop;       // forward: threshold 0 and scale 1 where nothing is dropped
+                        // backward: the scale alone
+    bool accumulate;    // backward: dx += sums
 } ConvEnd;
 
 static ConvEnd forward_end(act *out, act *pre, const real *b, const act *res, Dropout drop) {
-    ConvEnd e = {(bf16 *)pre, (bf16 *)out, (const bf16 *)(out ? res : NULL), b, drop, false};
+    if (!out) res = NULL, drop.threshold = 0;
+    if (drop.threshold == 0) drop.scale = 1;
+    ConvEnd e = {(bf16 *)pre, (bf16 *)out, NULL, (const bf16 *)res, b, drop, false};
     return e;
 }
-static ConvEnd backward_end(act *dx, act *a, const act *pre, Dropout drop, bool accumulate) {
+static ConvEnd backward_end(act *dx, act *pre, act *a, float scale, bool accumulate) {
+    Dropout drop = Dropout();
+    drop.scale = scale;
     const act *side = pre ? pre : accumulate ? dx : NULL;
-    ConvEnd e = {(bf16 *)dx, (bf16 *)a, (const bf16 *)side, NULL, drop, pre != NULL};
+    ConvEnd e = {(bf16 *)pre, (bf16 *)a, (bf16 *)dx, (const bf16 *)side, NULL, drop, accumulate};
     return e;
 }
 
@@ -83,42 +90,73 @@ INLINE uint4 pack8(const float f[8]) {
     return make_uint4(pack(f[0], f[1]), pack(f[2], f[3]), pack(f[4], f[5]), pack(f[6], f[7]));
 }
 
-// The sigmoid(2u) = (1 + tanh(u)) / 2 of model.h's gelu. tanh is one instruction here, right to
-// 2^-11, which leaves the sigmoid within 2^-12; bf16 rounds to 2^-9. The exponential and division
-// of model.h are some 25 instructions.
-#define HALF_A (GELU_A / 2)
-INLINE float gelu_sigmoid(float x) {
-    float t;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * (HALF_A + HALF_A * GELU_B * x * x)));
-    return 0.5f + 0.5f * t;
+// Which values dropout keeps of the two rows that share draws with row `row` of the step's batch,
+// the lower one first, in GROUPS groups of 8 channels, of which the first begins at `col` and each
+// 32 after the one before: channel 4w + j of group g is kept if bit 8j + 2g + w is set.
+template <int GROUPS>
+INLINE void draw_kept(uint32_t kept[2], const Dropout *d, uint32_t step, uint64_t row, int col,
+                      int width) {
+    const uint32_t thresholds = d->threshold * 0x01010101u;  // one in each byte
+    kept[0] = kept[1] = 0;
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+        Philox r = dropout_draw(d->seed, d->purpose, step, row, col + 32 * g, width);
+#pragma unroll
+        for (int w = 0; w < 4; w++)
+            kept[w / 2] |= __vcmpgeu4(r.v[w], thresholds) & 0x01010101u << (2 * g + w % 2);
+    }
 }
-// gelu(x), and its slope. Not clamped as in model.h: x*x is finite up to 1e19.
-INLINE float gelu_and_slope(float x, float *slope) {
-    float s = gelu_sigmoid(x), y = x * s;
-    *slope = s + y * (1 - s) * (GELU_A + 3 * GELU_A * GELU_B * x * x);
-    return y;
+// The same of rows `row` and row + 8. Mostly these are such a pair; in a warp, mostly all are.
+template <int GROUPS>
+INLINE void draw_kept_rows(uint32_t kept[2], const Dropout *d, uint32_t step, uint64_t row,
+                           int col, int width) {
+    draw_kept<GROUPS>(kept, d, step, row, col, width);
+    if (row % 16 < 8) return;
+    uint32_t next[2];  // row is the upper of its draw, and row + 8 the lower of the next
+    draw_kept<GROUPS>(next, d, step, row + 8, col, width);
+    kept[0] = kept[1], kept[1] = next[0];
 }
 
-// Dropout of the elements i..i+7, i a multiple of 8: one draw.
-INLINE void dropout8(const Dropout *d, uint64_t i, float y[8]) {
-    uint64_t group = i / 8;
-    Philox r = philox(d->seed, (uint32_t)group, (uint32_t)(group >> 32), d->state->step,
-                      d->purpose);
-    for (int j = 0; j < 8; j++) y[j] = philox_lane(r, j) < d->threshold ? 0 : y[j] * d->scale;
+// Halves of a word become ones where the byte chosen from `bytes` has its uppermost bit, zeros
+// where not: bytes 0 and 1, or 2 and 3.
+template <int FIRST>
+INLINE uint32_t spread(uint32_t bytes) {
+    uint32_t mask;  // 8 + i: the sign of byte i, eight times
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(mask) : "r"(bytes), "n"(FIRST == 0 ? 0x9988 : 0xBBAA));
+    return mask;
+}
+// v, with DROPPED for what is not kept of group g.
+INLINE uint4 drop8(uint4 v, uint32_t kept, int g) {
+    const uint32_t dropped = (__float_as_uint(DROPPED) >> 16) * 0x10001u;  // bf16, twice
+    const uint32_t lo = kept << (7 - 2 * g), hi = kept << (6 - 2 * g);
+    const uint32_t keep[4] = {spread<0>(lo), spread<2>(lo), spread<0>(hi), spread<2>(hi)};
+    v.x = (v.x & keep[0]) | (dropped & ~keep[0]);
+    v.y = (v.y & keep[1]) | (dropped & ~keep[1]);
+    v.z = (v.z & keep[2]) | (dropped & ~keep[2]);
+    v.w = (v.w & keep[3]) | (dropped & ~keep[3]);
+    return v;
 }
 
-// v[h], h = 0, 1: eight sums each, as bf16, of row r and of row r + 8, which is where both rungs'
-// matrix instructions leave them. i: element of v[0]; inside[h]: that row exists; side[h]: what
-// end->side holds there, or zeros.
+// v[h], h = 0, 1: eight sums each, as bf16, of row r and of row r + 8. i: element of v[0];
+// inside[h]: that row exists; side[h]: what end->side holds there, or zeros.
 INLINE void store2(bf16 *dst, const uint4 v[2], const bool inside[2], size_t i, int width) {
-    if (inside[0]) *(uint4 *)(dst + i) = v[0];
-    if (inside[1]) *(uint4 *)(dst + i + 8 * (size_t)width) = v[1];
+    // An ordinary store each; written as one nvcc makes some of them four of 4 bytes.
+    if (inside[0]) __stwb((uint4 *)(dst + i), v[0]);
+    if (inside[1]) __stwb((uint4 *)(dst + i + 8 * (size_t)width), v[1]);
+}
+INLINE void load2(uint4 v[2], const bf16 *src, const bool inside[2], size_t i, int width) {
+    v[0] = v[1] = make_uint4(0, 0, 0, 0);
+    if (inside[0]) v[0] = *(const uint4 *)(src + i);
+    if (inside[1]) v[1] = *(const uint4 *)(src + i + 8 * (size_t)width);
 }
 
-// pre = sum;  out = res + dropout(gelu(pre)), of pre as it is stored: what backward will read.
+// pre = sum, or DROPPED;  out = res + scale * gelu(pre), of pre as it is stored: what backward will
+// read. kept: of draw_kept_rows, whose group g this is.
 INLINE void finish_forward8(const ConvEnd *end, uint4 v[2], const uint4 side[2],
-                            const bool inside[2], size_t i, int width) {
-    const bool drop = end->drop.threshold != 0;
+                            const uint32_t kept[2], int g, const bool inside[2], size_t i,
+                            int width) {
+    if (end->drop.threshold != 0)
+        for (int h = 0; h < 2; h++) v[h] = drop8(v[h], kept[h], g);
     store2(end->pre, v, inside, i, width);
     if (!end->out) return;
 #pragma unroll
@@ -126,40 +164,42 @@ INLINE void finish_forward8(const ConvEnd *end, uint4 v[2], const uint4 side[2],
         float y[8], res[8];
         unpack8(v[h], y);
         unpack8(side[h], res);
-        for (int j = 0; j < 8; j++) y[j] = y[j] * gelu_sigmoid(y[j]);
-        if (drop) dropout8(&end->drop, end->drop.first * width + i + h * 8 * (size_t)width, y);
-        for (int j = 0; j < 8; j++) y[j] += res[j];
+        for (int j = 0; j < 8; j++) y[j] = res[j] + scaled_gelu(y[j], end->drop.scale);
         v[h] = pack8(y);
     }
     store2(end->out, v, inside, i, width);
 }
 
-// forward:  a = dropout(gelu(pre))     dx = sum * dropout * gelu'(pre), and a once more
-// Where nothing is activated, side is the old dx, or zeros:  dx = side + sum.
+// forward:  a = scale * gelu(pre)      dpre = da * scale * gelu'(pre), and a once more
+// side is pre, and the dx to add to is read only here; or, without pre, side is that dx.
 INLINE void finish_backward8(const ConvEnd *end, uint4 v[2], uint4 side[2], const bool inside[2],
                              size_t i, int width) {
-    const bool drop = end->drop.threshold != 0, activate = end->activate;
+    const bool on = end->pre != NULL;
+    uint4 old[2] = {side[0], side[1]};
+    if (end->accumulate && on) load2(old, end->dx, inside, i, width);
+    uint4 dpre[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float g[8], y[8];
         unpack8(v[h], g);
-        unpack8(side[h], y);
-        if (activate) {
-            float f[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-            if (drop) dropout8(&end->drop, end->drop.first * width + i + h * 8 * (size_t)width, f);
-            for (int j = 0; j < 8; j++) {
-                float slope;
-                y[j] = gelu_and_slope(y[j], &slope) * f[j];
-                g[j] *= slope * f[j];
-            }
-            side[h] = pack8(y);
-        } else {
+        if (end->accumulate) {
+            unpack8(old[h], y);
             for (int j = 0; j < 8; j++) g[j] += y[j];
+            v[h] = pack8(g);
         }
-        v[h] = pack8(g);
+        if (!on) continue;
+        unpack8(side[h], y);
+        for (int j = 0; j < 8; j++) {
+            float slope;
+            y[j] = scaled_gelu_and_slope(y[j], end->drop.scale, &slope);
+            g[j] *= slope;
+        }
+        side[h] = pack8(y);
+        dpre[h] = pack8(g);
     }
-    store2(end->pre, v, inside, i, width);
-    if (activate && end->out) store2(end->out, side, inside, i, width);
+    if (end->dx) store2(end->dx, v, inside, i, width);
+    if (on) store2(end->pre, dpre, inside, i, width);
+    if (on && end->out) store2(end->out, side, inside, i, width);
 }
 
 // The address of p in this block's shared memory, as instructions take it. (volatile, because nvcc
@@ -196,8 +236,8 @@ static int compiled_for(const void *kernel) {
 }
 
 static bool all_aligned(const ConvEnd *e, const void *x, const void *w) {
-    return aligned16(e->pre) && aligned16(e->out) && aligned16(e->side) && aligned16(e->bias) &&
-           aligned16(x) && aligned16(w);
+    return aligned16(e->pre) && aligned16(e->out) && aligned16(e->dx) && aligned16(e->side) &&
+           aligned16(e->bias) && aligned16(x) && aligned16(w);
 }
 
 // ---- Rung 4: mma, tensor cores from registers
@@ -360,19 +400,22 @@ INLINE void mma_finish(const MmaArgs *a, char *smem, float acc[2][4][4], int m0,
                     pack(acc[j][n][2 * h] + bias.x, acc[j][n][2 * h + 1] + bias.y);
     }
     __syncthreads();  // all sums are written before they are read by others
+    const Dropout *drop = &a->end.drop;
+    const uint32_t step_number = drop->threshold ? drop->state->step : 0;
     for (int i = threadIdx.x; i < MMA_TILE * 8 / 2; i += MMA_THREADS) {
         int row = i / 64 * 16 + i / 8 % 8, col = n0 + i % 8 * 8;  // and row + 8
         if (col >= width) continue;
         const bool inside[2] = {m0 + row < N, m0 + row + 8 < N};
         size_t first = (size_t)(m0 + row) * width + col;
         uint4 v[2], side[2] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < 2; h++)
             v[h] = *(uint4 *)(smem + (row + 8 * h) * MMA_LINE + i % 8 * 16);
-            if (a->end.side && inside[h])
-                side[h] = *(const uint4 *)(a->end.side + first + 8 * h * (size_t)width);
-        }
+        if (a->end.side) load2(side, a->end.side, inside, first, width);
+        uint32_t kept[2] = {0, 0};
+        if (MODE == FORWARD && drop->threshold)
+            draw_kept_rows<1>(kept, drop, step_number, drop->first + m0 + row, col, width);
         if (MODE == FORWARD)
-            finish_forward8(&a->end, v, side, inside, first, width);
+            finish_forward8(&a->end, v, side, kept, 0, inside, first, width);
         else
             finish_backward8(&a->end, v, side, inside, first, width);
     }
@@ -488,14 +531,14 @@ static void conv_forward_mma(act *out, act *pre, const act *x, const real *w, co
         block_rung()->conv_forward(out, pre, x, w, b, res, drop, s, work);
 }
 
-static void conv_backward_input_mma(act *dx, act *da, const act *dy, const real *w, const act *pre,
-                                    Dropout drop, ConvShape s, bool accumulate, void *work) {
-    MmaArgs a = {(const bf16 *)dy, NULL, backward_end(dx, da, pre, drop, accumulate), NULL, s, 1};
+static void conv_backward_input_mma(act *dx, act *pre, act *da, const act *dy, const real *w,
+                                    float scale, ConvShape s, bool accumulate, void *work) {
+    MmaArgs a = {(const bf16 *)dy, NULL, backward_end(dx, pre, da, scale, accumulate), NULL, s, 1};
     if (mma_takes(s)) a.w = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
     if (a.w && all_aligned(&a.end, dy, a.w))
         mma_launch<BACKWARD>(a, (size_t)s.B * s.T, s.C, 1);
     else
-        block_rung()->conv_backward_input(dx, da, dy, w, pre, drop, s, accumulate, work);
+        block_rung()->conv_backward_input(dx, pre, da, dy, w, scale, s, accumulate, work);
 }
 
 // Tiles of dw, and slabs of at least 256 rows: enough blocks to be busy.
@@ -620,10 +663,10 @@ INLINE void wgmma_wait(void) {  // for all but the last PENDING groups
                    "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ACC32(d, i) ACC8(d, i), ACC8(d, i + 8), ACC8(d, i + 16), ACC8(d, i + 24)
 #define REGS16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define REGS32 REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define REGS64                                                                                   \
-    REGS16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,"   \
-    "%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"   \
-    "%58,%59,%60,%61,%62,%63"
+    REGS32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,"   \
+    "%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define REGS128                                                                                  \
     REGS64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,"   \
     "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"  \
@@ -643,6 +686,16 @@ INLINE void wgmma_n32(float acc[16], Operand a, Operand b, int add) {
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" REGS16
         "}, a, b, p, 1, 1, %21, %22; }"
         : ACC8(acc, 0), ACC8(acc, 8)
+        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
+}
+template <int TURN_A, int TURN_B>
+INLINE void wgmma_n64(float acc[32], Operand a, Operand b, int add) {
+    asm volatile(
+        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %36, 0;\n"
+        "mov.b64 a, {%32, %33}; mov.b64 b, {%34, %35};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGS32
+        "}, a, b, p, 1, 1, %37, %38; }"
+        : ACC32(acc, 0)
         : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
 }
 template <int TURN_A, int TURN_B>
@@ -736,8 +789,8 @@ enum {
 // kernel after them (draw_batch or embed_forward; a conv is never first). A plain launch starts
 // when everything before it is done, so the weights are whole before that kernel starts, and so
 // before any block of ours can. Weights that are not in that copy are converted by the kernel right
-// before ours: then ours is launched plainly, too (`settled` false). All else waits: x, side, bias
-// and the step's number may come from the kernel before, and what is written may still be read
+// before ours: then ours is launched plainly, too (`settled` false). All else waits: x, side, dx,
+// bias and the step's number may come from the kernel before, and what is written may still be read
 // there. A kernel that is not launched in this way needs neither call, and loses only the overlap.
 //
 // Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
@@ -822,7 +875,7 @@ INLINE void conv_copy(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBa
 
 // Four neighbouring lanes exchange four words each: lane q ends with word q of all four, in the
 // order of lanes. Accumulators have 2 columns of four groups of 8 in a lane; afterwards a lane has
-// 8 columns of one group: one 16-byte store, and one draw of dropout.
+// 8 columns of one group: one 16-byte store, and half of a draw of dropout.
 INLINE void transpose_quad(uint32_t w[4]) {
     const unsigned all = 0xFFFFFFFFu;
     int q = threadIdx.x;
@@ -843,10 +896,11 @@ INLINE void transpose_quad(uint32_t w[4]) {
 }
 
 // A tile's sums become activations, 32 columns of two rows at a time: more would not fit into
-// registers beside the sums. i0: element of the lane's first eight, `left` columns from there on.
+// registers beside the sums. i0: element of the lane's first eight, `left` columns from there on;
+// kept: of draw_kept_rows.
 template <bool BACKWARD, int TILE_O>
-INLINE void finish_tile(const ConvArgs *a, const float *acc, uint4 *side, const bool *inside,
-                        size_t i0, int out0, int left) {
+INLINE void finish_tile(const ConvArgs *a, const float *acc, uint4 *side, const uint32_t *kept,
+                        const bool *inside, size_t i0, int out0, int left) {
     const int q = threadIdx.x % 4;
 #pragma unroll
     for (int g = 0; g < TILE_O / 32; g++) {
@@ -868,7 +922,7 @@ INLINE void finish_tile(const ConvArgs *a, const float *acc, uint4 *side, const 
         if (BACKWARD)
             finish_backward8(&a->end, v, side + 2 * g, inside, i0 + 32 * g, a->n_out);
         else
-            finish_forward8(&a->end, v, side + 2 * g, inside, i0 + 32 * g, a->n_out);
+            finish_forward8(&a->end, v, side + 2 * g, kept, g, inside, i0 + 32 * g, a->n_out);
     }
 }
 
@@ -906,14 +960,16 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
     const Operand w_op = operand(ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64, weights,
                                  TAP_BYTES / 2, 8 * ROW_BYTES);
     const int shift = a->dil * STEP_BYTES;  // bytes from a tap's rows to the next tap's
+    const Dropout *drop = &a->end.drop;
     float acc[TILE_O / 2];
-    wait_for_previous();  // before side is read and anything is written
+    wait_for_previous();  // before side or the step is read and anything is written
+    const uint32_t step_number = !BACKWARD && drop->threshold ? drop->state->step : 0;
     Ring r = {0, 0};
     ring_skip(&r, group * 2 * chunks, a->slots);
     int n = group;  // the tile's number in the block
     for (int tile = first + group * stride; tile < a->tiles; tile += CONV_GROUPS * stride) {
         const int b = tile / a->tiles_per_seq, t0 = tile % a->tiles_per_seq * SUM_TILE;
-        const size_t i0 = ((size_t)b * a->T + t0 + row0) * a->n_out + out0 + 8 * q;
+        const size_t row = (size_t)b * a->T + t0 + row0, i0 = row * a->n_out + out0 + 8 * q;
         const bool inside[2] = {t0 + row0 < a->T, t0 + row0 + 8 < a->T};
         uint4 side[TILE_O / 16];  // read now: the products hide how long it takes
 #pragma unroll
@@ -923,6 +979,10 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
                 side[j] = *(const uint4 *)(a->end.side + i0 + 32 * (j / 2) +
                                            j % 2 * 8 * (size_t)a->n_out);
         }
+        uint32_t kept[2] = {0, 0};  // drawn now: a group waits for its turn anyway
+        if (!BACKWARD && drop->threshold)
+            draw_kept_rows<TILE_O / 32>(kept, drop, step_number, drop->first + row, out0 + 8 * q,
+                                        a->n_out);
         // Few instructions from here: the tensor cores take 64 cycles for a wgmma, and a warp needs
         // 4 or 5 for each of its instructions.
         if (n > 0) mbarrier_wait(bar.order + 8 * group, (n - 1) / CONV_GROUPS & 1);
@@ -957,7 +1017,7 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
         if (lane == 0) mbarrier_arrive(before);
         ring_skip(&r, (CONV_GROUPS - 1) * 2 * chunks, a->slots);  // the others' stages
         n += CONV_GROUPS;
-        finish_tile<BACKWARD, TILE_O>(a, acc, side, inside, i0, out0, left);
+        finish_tile<BACKWARD, TILE_O>(a, acc, side, kept, inside, i0, out0, left);
     }
 }
 #endif
@@ -1001,34 +1061,40 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 //     dw[k] (C,O) = sum over rows of  x[row - k*dil]^T  dy[row]
 //
 // Both operands have the summed index, time, outside; wgmma turns them.
-// Idea: a block sums 3 taps x 64 channels c x 256 channels o, 196,608 bytes of float32, three
-// quarters of the registers, over a slab of rows; warpgroup k owns tap k. (K = 1: two warpgroups,
-// 64 channels c each.) Thread 0 copies between its products, because sums have all the registers.
-// Count: a stage of 64 rows is 64*256*64*3*2 = 6.3 MFLOP, 1536 cycles of tensor cores, and 41 KB
-// from L2, 27 bytes a cycle: both nearly bind.
-// Cost: C = O = 256 are only 4 such tiles, so 33 slabs are summed at a time, and their partial
-// sums, 26 MB however many rows there are, are written, then read once by a second kernel: 14 us.
-// So a launch takes up to MAX_WEIGHT_JOBS layers: three share that cost.
-// Measured: 131072 rows 85.7 us alone (601 TFLOP/s), 70.3 each where three share (733).
+// Idea: a block keeps a tile of sums, TAPS taps x CHUNKS*64 channels c x TILE_O channels o, in
+// registers while its slab of rows passes by; a warpgroup owns one tap of 64 channels c. Thread 0
+// copies between its products, because sums have all the registers.
+// Count, the tile of 3 x 64 x 256: 196,608 bytes of float32, three quarters of the registers. A
+// stage of 64 rows is 64*256*64*3*2 = 6.3 MFLOP, 1536 cycles of tensor cores, and 41 KB from L2,
+// 27 bytes a cycle: both nearly bind.
+// Cost: C = O = 256, K = 3 are only 4 such tiles, so rows are cut into slabs, each with blocks of
+// its own. Each writes its sums, 196,608 bytes a tile, and a second kernel reads and adds them.
+// So a launch takes up to MAX_WEIGHT_JOBS layers: more tiles need fewer slabs.
+// Few rows: the time is mostly dw's, read and written by as many blocks as there are tiles. A tile
+// of 64 channels o makes four times as many, in one slab or few. A single slab adds to dw itself:
+// no scratch, no second kernel. weight_plan below counts what is best.
 //
 //   shared memory   | stage 0 | stage 1 | .. 5 of 41 KB | barriers full, empty |
-//   a stage         | dy: 4 x [64 rows x 64 o] | x: CHUNKS x [64 + (K-1)*dil rows x 64 c] |
+//   a stage         | dy: PARTS x [64 rows x 64 o] | x: CHUNKS x [64 + (K-1)*dil rows x 64 c] |
 //                   rows of 128 bytes, swizzled;  tap k starts at row (K-1-k)*dil of x
 //   step i          wait for stage i | queue its products | add up dy for db |
 //                   wait for products i - 1 and free its stage | thread 0: refill that of i - 2
 //
 // Barriers: `full` as above. `empty`: thread 0 waits until all warps have multiplied a stage, and
 // added it up, before the copy overwrites it.
-// Tried and dropped: copies of dy shared by a cluster, 67.3 -> 69.9 us; a warpgroup that copies and
-// hands its registers over, because ptxas then keeps to 128 registers and m64n256 needs more.
+// Every sum is added in an order that only the shape and the GPU decide.
+// Tried and dropped: slabs as clusters that add their sums through distributed shared memory,
+// training at 29.0 M bytes/s for 30.0 M (32x1024); copies of dy shared by a cluster, 67.3 -> 69.9
+// us; a warpgroup that copies and hands its registers over, because ptxas then keeps to 128
+// registers and m64n256 needs more.
 
 enum {
-    DY_BYTES = SUM_TILE * 256 * 2,  // of a stage
-    DY_PART = SUM_TILE * 128,       // of its 64 columns
-    WEIGHT_O = 256,                 // channels o of a block
-    FEW_ROWS = 4096,
-    FEW_BLOCKS = 64,
-    REDUCE_THREADS = 256,
+    DY_PART = SUM_TILE * 128,  // bytes: 64 columns of dy in a stage
+    MAX_TILE_O = 256,
+    WEIGHT_LEAST_SLOTS = 3,  // one stage is multiplied, one freed, one on its way
+    WEIGHT_LEAST_STEPS = 4,  // of a slab, where there are several
+    ADD_COLUMNS = 64,        // float4 that a block of the second kernel makes
+    ADD_WAYS = 4,            // threads that share the slabs of one
 };
 
 typedef struct {
@@ -1038,16 +1104,18 @@ typedef struct {
 } WeightSum;
 typedef struct {
     WeightSum job[MAX_WEIGHT_JOBS];
-    float4 *part;    // (job, o tile, group, slab, 32, threads): the accumulators as they stand
+    float4 *part;    // (job, o tile, group, slab, pieces, threads): the accumulators as they stand
     float *db_part;  // (job, slab, O)
     int C, O, K, steps_per_seq, steps, slabs, groups, o_tiles, slots, x_bytes;
 } WeightArgs;
+static_assert(sizeof(WeightArgs) <= 4096, "what a kernel's arguments may take before CUDA 12.1");
 
 #ifdef HAVE_WGMMA
 // Sends for step `step` of all, as the ring's `slot`.
-template <int CHUNKS>
+template <int CHUNKS, int TILE_O>
 INLINE void copy_step(const WeightArgs *a, const WeightSum *job, uint32_t ring, int stage_bytes,
                       int halo, int step, int slot, int group, int o_tile) {
+    enum { PARTS = TILE_O / 64, DY_BYTES = PARTS * DY_PART };
     const uint32_t stage = ring + slot * stage_bytes;
     const uint32_t full = ring + a->slots * stage_bytes + 8 * slot;
     const int b = step / a->steps_per_seq, t0 = step % a->steps_per_seq * SUM_TILE;
@@ -1055,16 +1123,35 @@ INLINE void copy_step(const WeightArgs *a, const WeightSum *job, uint32_t ring, 
     for (int c = 0; c < CHUNKS; c++)
         tensor_copy(stage + DY_BYTES + c * a->x_bytes, &job->x, full, (group * CHUNKS + c) * 64,
                     t0 - halo, b);
-    for (int o = 0; o < 4; o++)
-        tensor_copy(stage + o * DY_PART, &job->dy, full, o_tile * WEIGHT_O + o * 64, t0, b);
+    for (int o = 0; o < PARTS; o++)
+        tensor_copy(stage + o * DY_PART, &job->dy, full, o_tile * TILE_O + o * 64, t0, b);
 }
 
-// db: the blocks of a slab share out dy's four parts of 64 columns; eight warps add 8 rows each, a
-// lane two neighbouring columns. The copy engine has permuted a row's 16-byte units by its number.
-INLINE void sum_dy(float2 sum[4], const char *stage, int group, int groups, int warp, int lane) {
+// The products of one stage. x, dy: its operands.
+template <int TILE_O>
+INLINE void multiply_step(float *acc, Operand x, Operand dy, bool add) {
+    wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        if (warp >= 8 || group + n * groups >= 4) break;
+    for (int s = 0; s < SUM_TILE / 16; s++) {
+        Operand x_s = operand_at(x, s * 2048), dy_s = operand_at(dy, s * 2048);
+        if (TILE_O == 64)
+            wgmma_n64<1, 1>(acc, x_s, dy_s, add | s);
+        else if (TILE_O == 128)
+            wgmma_n128<1, 1>(acc, x_s, dy_s, add | s);
+        else
+            wgmma_n256<1, 1>(acc, x_s, dy_s, add | s);
+    }
+    wgmma_commit();
+}
+
+// db: the groups of a slab share out dy's parts of 64 columns; eight warps add 8 rows each, a lane
+// two neighbouring columns. The copy engine has permuted a row's 16-byte units by its number.
+template <int PARTS>
+INLINE void sum_dy(float2 sum[PARTS], const char *stage, int group, int groups, int warp,
+                   int lane) {
+#pragma unroll
+    for (int n = 0; n < PARTS; n++) {
+        if (warp >= 8 || group + n * groups >= PARTS) break;
         const char *dy = stage + (group + n * groups) * DY_PART + warp * 8 * 128;
 #pragma unroll
         for (int row = 0; row < 8; row++) {
@@ -1073,42 +1160,82 @@ INLINE void sum_dy(float2 sum[4], const char *stage, int group, int groups, int 
         }
     }
 }
-
-// The eight warps' sums of each column meet in shared memory.
-INLINE void store_dy_sum(const WeightArgs *a, char *smem, const float2 sum[4], float *db_part,
-                         int o0, int group, int warp, int lane) {
-    float2 *sums = (float2 *)smem;
+// The eight warps' sums of each column meet in shared memory; then one warp has the slab's.
+template <int PARTS>
+INLINE void finish_dy_sum(const WeightArgs *a, float2 *sums, const float2 sum[PARTS], int job_n,
+                          int o0, int group, int warp, int lane) {
 #pragma unroll
-    for (int n = 0; n < 4; n++)
+    for (int n = 0; n < PARTS; n++)
         if (warp < 8) sums[(n * 8 + warp) * 32 + lane] = sum[n];
     __syncthreads();  // all eight are written before one warp adds them
-    const int part = group + warp * a->groups, col = o0 + part * 64 + 2 * lane;
-    if (warp >= 4 || part >= 4 || col >= a->O) return;
+    const int part = group + warp * a->groups, o = o0 + part * 64 + 2 * lane;
+    float *db = a->job[job_n].db;
+    if (warp >= PARTS || part >= PARTS || o >= a->O || !db) return;
     float2 total = {0, 0};
     for (int i = 0; i < 8; i++) {
         total.x += sums[(warp * 8 + i) * 32 + lane].x;
         total.y += sums[(warp * 8 + i) * 32 + lane].y;
     }
-    *(float2 *)(db_part + col) = total;
+    if (a->slabs > 1)
+        *(float2 *)(a->db_part + ((size_t)job_n * a->slabs + blockIdx.y) * a->O + o) = total;
+    else
+        db[o] += total.x, db[o + 1] += total.y;
+}
+
+// Where in dw the first value of a thread's piece 0 lies, piece j being acc[4j..4j+3]; another two
+// lie 8 rows further on, piece j 8*j columns. inside: whether those rows exist. o0: the tile's
+// first column.
+template <int TAPS, int CHUNKS>
+INLINE float *weight_at(const WeightArgs *a, const WeightSum *job, int group, int o0, int thread,
+                        bool inside[2]) {
+    const int tap = thread / 128 % TAPS, chunk = thread / 128 / TAPS, lane = thread % 32;
+    const int c = (group * CHUNKS + chunk) * 64 + thread % 128 / 32 * 16 + lane / 4;
+    inside[0] = c < a->C, inside[1] = c + 8 < a->C;
+    return job->dw + ((size_t)tap * a->C + c) * a->O + o0 + 2 * (lane % 4);
+}
+// dw += the sums. A batch, as large as registers allow, is read before any of it is written, so
+// that not each waits for memory alone. left: columns of dw from the tile's first on.
+template <int PIECES>
+INLINE void add_to_weights(float *dw, const bool inside[2], size_t O, int left, const float *acc) {
+    enum { BATCH = PIECES == 8 ? 8 : 4 };
+    static_assert(PIECES % BATCH == 0, "batches are whole");
+    float *dw8 = dw + 8 * O;
+#pragma unroll
+    for (int n = 0; n < PIECES; n += BATCH) {
+        float2 old[BATCH], old8[BATCH];
+#pragma unroll
+        for (int j = n; j < n + BATCH; j++) {
+            if (8 * j < left && inside[0]) old[j - n] = *(const float2 *)(dw + 8 * j);
+            if (8 * j < left && inside[1]) old8[j - n] = *(const float2 *)(dw8 + 8 * j);
+        }
+#pragma unroll
+        for (int j = n; j < n + BATCH; j++) {
+            float2 v = make_float2(old[j - n].x + acc[4 * j], old[j - n].y + acc[4 * j + 1]);
+            float2 v8 = make_float2(old8[j - n].x + acc[4 * j + 2], old8[j - n].y + acc[4 * j + 3]);
+            if (8 * j < left && inside[0]) *(float2 *)(dw + 8 * j) = v;
+            if (8 * j < left && inside[1]) *(float2 *)(dw8 + 8 * j) = v8;
+        }
+    }
 }
 #endif
 
-// Grid: x groups of 64*CHUNKS channels c, y slabs, z (job, tile of 256 channels o).
-template <int TAPS, int CHUNKS>
+// Grid: x groups of 64*CHUNKS channels c, y slabs, z (job, tile of TILE_O channels o).
+template <int TAPS, int CHUNKS, int TILE_O>
 __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     weight_wgmma(const __grid_constant__ WeightArgs a) {
 #ifdef HAVE_WGMMA
-    enum { WARPS = TAPS * CHUNKS * 4, THREADS = WARPS * 32 };
+    enum { WARPS = TAPS * CHUNKS * 4, PARTS = TILE_O / 64, DY_BYTES = PARTS * DY_PART };
+    enum { THREADS = WARPS * 32, PIECES = TILE_O / 8 };
+    static_assert(WARPS >= 8, "so many add up dy");
     extern __shared__ __align__(1024) char smem[];
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
-    const int group = blockIdx.x, slab = blockIdx.y;
-    const int job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles;
+    const int group = blockIdx.x, job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles;
     const WeightSum *job = &a.job[job_n];
     const int stage_bytes = DY_BYTES + CHUNKS * a.x_bytes, halo = (a.K - 1) * job->dil;
     const uint32_t ring = shared_addr(smem), full = ring + a.slots * stage_bytes;
     const uint32_t empty = full + 8 * MAX_SLOTS;
-    const int begin = (int)((int64_t)a.steps * slab / a.slabs);
-    const int end = (int)((int64_t)a.steps * (slab + 1) / a.slabs);
+    const int begin = (int)((int64_t)a.steps * blockIdx.y / a.slabs);
+    const int end = (int)((int64_t)a.steps * (blockIdx.y + 1) / a.slabs);
     if (threadIdx.x == 0) {
         for (int i = 0; i < a.slots; i++) {
             mbarrier_init(full + 8 * i, 1);
@@ -1118,29 +1245,24 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     }
     let_next_start();
     __syncthreads();      // no copy and no arrival may reach a barrier that is not set up yet
-    wait_for_previous();  // before x and dy are read, and the scratch of a launch before is written
+    wait_for_previous();  // before x and dy are read, and dw or the scratch is written
     if (threadIdx.x == 0)
         for (int i = 0; i < a.slots && begin + i < end; i++)
-            copy_step<CHUNKS>(&a, job, ring, stage_bytes, halo, begin + i, i, group, o_tile);
+            copy_step<CHUNKS, TILE_O>(&a, job, ring, stage_bytes, halo, begin + i, i, group,
+                                      o_tile);
 
     const int tap = warp / 4 % TAPS, chunk = warp / 4 / TAPS;
     const Operand dy_op = operand(SWIZZLE_128, ring, DY_PART, 1024);
     const Operand x_op =
         operand_at(dy_op, DY_BYTES + chunk * a.x_bytes + (halo - tap * job->dil) * 128);
-    float acc[128];
-    float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
+    float acc[TILE_O / 2];
+    float2 sum[PARTS] = {};
     Ring r = {0, 0}, refill = {0, 0};  // refill: the slot of step i - 2
     for (int i = begin; i < end; i++) {
-        const Operand x = operand_at(x_op, r.slot * stage_bytes);
-        const Operand dy = operand_at(dy_op, r.slot * stage_bytes);
         mbarrier_wait(full + 8 * r.slot, r.phase);
-        wgmma_fence();
-#pragma unroll
-        for (int s = 0; s < SUM_TILE / 16; s++)
-            wgmma_n256<1, 1>(acc, operand_at(x, s * 2048), operand_at(dy, s * 2048),
-                             (i - begin) | s);
-        wgmma_commit();
-        sum_dy(sum, smem + r.slot * stage_bytes, group, a.groups, warp, lane);
+        multiply_step<TILE_O>(acc, operand_at(x_op, r.slot * stage_bytes),
+                              operand_at(dy_op, r.slot * stage_bytes), i > begin);
+        sum_dy<PARTS>(sum, smem + r.slot * stage_bytes, group, a.groups, warp, lane);
         if (i > begin) {
             wgmma_wait<1>();
             int before = r.slot ? r.slot - 1 : a.slots - 1;
@@ -1150,62 +1272,81 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
         if (i - begin < 2) continue;
         if (threadIdx.x == 0 && i - 2 + a.slots < end) {
             mbarrier_wait(empty + 8 * refill.slot, refill.phase);
-            copy_step<CHUNKS>(&a, job, ring, stage_bytes, halo, i - 2 + a.slots, refill.slot,
-                              group, o_tile);
+            copy_step<CHUNKS, TILE_O>(&a, job, ring, stage_bytes, halo, i - 2 + a.slots,
+                                      refill.slot, group, o_tile);
         }
         __syncwarp();  // wgmma wants its warps whole
         ring_skip(&refill, 1, a.slots);
     }
     wgmma_wait<0>();
     __syncthreads();  // the ring is free for db's sums: no warp reads or multiplies in it any more
-    float4 *part = a.part + threadIdx.x +
-                   (((size_t)blockIdx.z * a.groups + group) * a.slabs + slab) * 32 * THREADS;
+    finish_dy_sum<PARTS>(&a, (float2 *)smem, sum, job_n, o_tile * TILE_O, group, warp, lane);
+    if (a.slabs > 1) {
+        float4 *part = a.part + threadIdx.x + (((size_t)blockIdx.z * a.groups + group) * a.slabs +
+                                               blockIdx.y) * PIECES * THREADS;
 #pragma unroll
-    for (int j = 0; j < 32; j++)
-        part[j * THREADS] =
-            make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-    store_dy_sum(&a, smem, sum, a.db_part + ((size_t)job_n * a.slabs + slab) * a.O,
-                 o_tile * WEIGHT_O, group, warp, lane);
+        for (int j = 0; j < PIECES; j++)
+            part[j * THREADS] =
+                make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+    } else {
+        bool inside[2];
+        float *dw = weight_at<TAPS, CHUNKS>(&a, job, group, o_tile * TILE_O, threadIdx.x, inside);
+        add_to_weights<PIECES>(dw, inside, a.O, a.O - o_tile * TILE_O, acc);
+    }
 #endif
 }
 
-// dw += the slabs' sums in the order of slabs: the same bits every time. A thread takes what one
-// float4 of an accumulator holds (wgmma_n256); neighbouring threads read neighbouring float4.
-// Grid: x the float4 of a block's sums, y its group (one more for db), z (job, tile of o).
-template <int TAPS, int CHUNKS>
-__global__ void add_weight_slabs(const __grid_constant__ WeightArgs a) {
+// dw += the slabs' sums, always in the same order. ADD_WAYS threads share what one float4 of an
+// accumulator holds: with few tiles there would else be too few loads on their way. Neighbouring
+// threads read neighbouring float4.
+// Grid: x the float4 of a tile's sums, and one more for db, y group, z (job, tile of o).
+template <int TAPS, int CHUNKS, int TILE_O>
+__global__ void __launch_bounds__(ADD_COLUMNS *ADD_WAYS)
+    add_weight_slabs(const __grid_constant__ WeightArgs a) {
 #ifdef HAVE_WGMMA
-    enum { THREADS = TAPS * CHUNKS * 128 };
+    enum { THREADS = TAPS * CHUNKS * 128, SUMS = TILE_O / 8 * THREADS };
+    static_assert(SUMS % ADD_COLUMNS == 0, "no thread lies outside");
+    static_assert(TILE_O <= ADD_COLUMNS * ADD_WAYS, "one block makes a tile's db");
+    __shared__ float4 of_way[ADD_WAYS][ADD_COLUMNS];
     let_next_start();
     wait_for_previous();  // before the sums are read
     const int job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles, group = blockIdx.y;
     const WeightSum *job = &a.job[job_n];
-    if (group == a.groups) {
-        int o = o_tile * WEIGHT_O + threadIdx.x;
-        if (blockIdx.x > 0 || o >= a.O || !job->db) return;
+    if (blockIdx.x == SUMS / ADD_COLUMNS) {
+        int o = o_tile * TILE_O + threadIdx.x;
+        if (group > 0 || threadIdx.x >= TILE_O || o >= a.O || !job->db) return;
         float sum = 0;
         for (int s = 0; s < a.slabs; s++)
             sum += a.db_part[((size_t)job_n * a.slabs + s) * a.O + o];
         job->db[o] += sum;
         return;
     }
-    int i = blockIdx.x * REDUCE_THREADS + threadIdx.x, j = i / THREADS, thread = i % THREADS;
-    const float4 *part =
-        a.part + ((size_t)blockIdx.z * a.groups + group) * a.slabs * 32 * THREADS + i;
+    const int column = threadIdx.x % ADD_COLUMNS, way = threadIdx.x / ADD_COLUMNS;
+    const int i = blockIdx.x * ADD_COLUMNS + column, j = i / THREADS;
+    bool inside[2];
+    float *dw = weight_at<TAPS, CHUNKS>(&a, job, group, o_tile * TILE_O + 8 * j, i % THREADS,
+                                        inside);
+    if (way > 0 || o_tile * TILE_O + 8 * j >= a.O) inside[0] = inside[1] = false;
+    float2 old[2] = {{0, 0}, {0, 0}};  // read now: the sums hide how long it takes
+    for (int h = 0; h < 2; h++)
+        if (inside[h]) old[h] = *(const float2 *)(dw + h * 8 * (size_t)a.O);
+    const float4 *part = a.part + ((size_t)blockIdx.z * a.groups + group) * a.slabs * SUMS + i;
     float4 sum = {0, 0, 0, 0};
-#pragma unroll 11
-    for (int s = 0; s < a.slabs; s++) {
-        float4 p = part[(size_t)s * 32 * THREADS];
+#pragma unroll 4
+    for (int s = way; s < a.slabs; s += ADD_WAYS) {
+        float4 p = part[(size_t)s * SUMS];
         sum.x += p.x, sum.y += p.y, sum.z += p.z, sum.w += p.w;
     }
-    int wg = thread / 128, tap = wg % TAPS, chunk = wg / TAPS, lane = thread % 32;
-    int c = (group * CHUNKS + chunk) * 64 + thread % 128 / 32 * 16 + lane / 4;
-    int o = o_tile * WEIGHT_O + 8 * j + 2 * (lane % 4);
-    if (o >= a.O) return;
-    float2 *dw = (float2 *)(job->dw + ((size_t)tap * a.C + c) * a.O + o);
-    if (c < a.C) dw->x += sum.x, dw->y += sum.y;
-    dw += 4 * (size_t)a.O;  // 8 rows further on
-    if (c + 8 < a.C) dw->x += sum.z, dw->y += sum.w;
+    of_way[way][column] = sum;
+    __syncthreads();  // all ways' sums are there before the first adds them
+    if (way > 0) return;
+    for (int n = 1; n < ADD_WAYS; n++) {
+        float4 p = of_way[n][column];
+        sum.x += p.x, sum.y += p.y, sum.z += p.z, sum.w += p.w;
+    }
+    if (inside[0]) *(float2 *)dw = make_float2(old[0].x + sum.x, old[0].y + sum.y);
+    dw += 8 * (size_t)a.O;
+    if (inside[1]) *(float2 *)dw = make_float2(old[1].x + sum.z, old[1].y + sum.w);
 #endif
 }
 
@@ -1358,77 +1499,126 @@ static void conv_forward_wgmma(act *out, act *pre, const act *x, const real *w, 
         conv_forward_mma(out, pre, x, w, b, res, drop, s, work);
 }
 
-static void conv_backward_input_wgmma(act *dx, act *da, const act *dy, const real *w,
-                                      const act *pre, Dropout drop, ConvShape s, bool accumulate,
-                                      void *work) {
-    ConvEnd end = backward_end(dx, da, pre, drop, accumulate);
+static void conv_backward_input_wgmma(act *dx, act *pre, act *da, const act *dy, const real *w,
+                                      float scale, ConvShape s, bool accumulate, void *work) {
+    ConvEnd end = backward_end(dx, pre, da, scale, accumulate);
     const bf16 *weights = NULL;
     if (wgmma_takes(s, s.O, s.C)) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
     if (weights && all_aligned(&end, dy, weights))
         conv_tiles<true>(end, dy, weights, s, weights != work);
     else
-        conv_backward_input_mma(dx, da, dy, w, pre, drop, s, accumulate, work);
+        conv_backward_input_mma(dx, pre, da, dy, w, scale, s, accumulate, work);
 }
 
-// Blocks that a weight gradient may have: all multiprocessors, but half of them on few rows,
-// because every block takes up to 196,608 bytes of scratch: 12.6 MB, then 26.
-static size_t weight_blocks(size_t N) {
-    size_t all = (size_t)gpu()->sms;
-    return N <= FEW_ROWS && all > FEW_BLOCKS ? (size_t)FEW_BLOCKS : all;
+// Bytes of scratch that partial sums may take: those of a wide tile for every multiprocessor, but
+// of fewer on few rows, where 26 MB would be more than all activations.
+static size_t weight_scratch(size_t N, int K) {
+    enum { FEW_ROWS = 4096, FEW_BLOCKS = 64 };
+    size_t blocks = (size_t)gpu()->sms;
+    if (N <= FEW_ROWS && blocks > FEW_BLOCKS) blocks = FEW_BLOCKS;
+    return blocks * ((K < 3 ? 2 : 3) * 64 + 1) * MAX_TILE_O * sizeof(float);
 }
 
-// How many slabs of at least four steps n layers of so many tiles are summed in.
-static int weight_slabs(size_t N, int n, size_t tiles) {
-    size_t slabs = weight_blocks(N) / (n * tiles), most = ceil_div(N, 4 * SUM_TILE);
-    if (slabs > most) slabs = most;
-    return slabs > 0 ? (int)slabs : 1;
+// How n layers' weight gradients are made: with which tile, its ring, and in how many slabs.
+typedef struct {
+    int slots, x_bytes, slabs;
+    size_t tiles, stage;  // stage: bytes
+    double cycles;        // what the launch may take; infinite where the ring is too small
+} WeightPlan;
+
+// Cycles of a launch: products or copies, whichever is slower, then the sums' way into dw. These
+// are estimates that rank plans. L2_RATE, bytes a cycle for a multiprocessor, is such that they
+// rank 5 to 64 slabs of 16384 and 32768 rows as an H100 does.
+static double weight_cycles(const WeightPlan *p, size_t sums, size_t steps, size_t slabs) {
+    enum { PRODUCTS = 2048, L2_RATE = 30, SECOND_KERNEL = 4000 };  // the first two: a cycle
+    const size_t sms = (size_t)gpu()->sms, blocks = p->tiles * slabs;
+    double bytes = (double)sums * sizeof(float), products = (double)sums * SUM_TILE / PRODUCTS;
+    double copies = (double)(p->stage * (blocks < sms ? blocks : sms)) / (double)(L2_RATE * sms);
+    double cycles = (double)ceil_div(steps, slabs) * (products > copies ? products : copies);
+    if (slabs == 1) return (cycles + 2 * bytes / L2_RATE) * (double)ceil_div(blocks, sms);
+    double second = SECOND_KERNEL + (double)blocks * bytes / (double)(L2_RATE * sms);
+    return cycles + bytes / L2_RATE + second;
 }
 
-template <int TAPS, int CHUNKS>
-static void weight_launch(const WeightJob *jobs, int n, ConvShape s, void *work) {
-    enum { THREADS = TAPS * CHUNKS * 128, SUMS = 32 * THREADS };  // float4 of a block
-    static_assert(SUMS % REDUCE_THREADS == 0, "no thread of add_weight_slabs lies outside");
+// The best number of slabs for a tile: all blocks run at a time, and no slab has few rows.
+static WeightPlan weight_plan(const WeightJob *jobs, int n, ConvShape s, int chunks, int tile_o) {
+    WeightPlan p = {0, 0, 1, 0, 0, INFINITY};
+    for (int i = 0; i < n; i++) {
+        int bytes = (int)ceil_div(SUM_TILE + (s.K - 1) * jobs[i].dil, 8) * 8 * 128;
+        if (bytes > p.x_bytes) p.x_bytes = bytes;
+    }
+    p.stage = (size_t)(SUM_TILE * 2 * tile_o + chunks * p.x_bytes);
+    p.slots = (int)((SHARED_BYTES - BARRIER_BYTES) / p.stage);
+    if (p.slots > MAX_SLOTS) p.slots = MAX_SLOTS;
+    p.tiles = n * ceil_div(s.C, 64 * chunks) * ceil_div(s.O, tile_o);
+    const size_t sums = (size_t)s.K * chunks * 64 * tile_o;
+    const size_t steps = s.B * ceil_div(s.T, SUM_TILE);
+    const size_t rows = (size_t)s.B * s.T;
+    size_t most = rows / (WEIGHT_LEAST_STEPS * SUM_TILE);
+    if (most > gpu()->sms / p.tiles) most = gpu()->sms / p.tiles;
+    size_t slab = p.tiles * (sums + tile_o) * sizeof(float), scratch = weight_scratch(rows, s.K);
+    if (most > scratch / slab) most = scratch / slab;
+    if (p.slots < WEIGHT_LEAST_SLOTS) return p;
+    for (size_t slabs = 1; slabs == 1 || slabs <= most; slabs++) {
+        double cycles = weight_cycles(&p, sums, steps, slabs);
+        if (cycles < p.cycles) p.slabs = (int)slabs, p.cycles = cycles;
+    }
+    return p;
+}
+static_assert((SHARED_BYTES - BARRIER_BYTES) / (DY_PART + (SUM_TILE + MAX_HALO) * 128) >=
+                  WEIGHT_LEAST_SLOTS,
+              "the narrow tile's ring always fits");
+
+template <int TAPS, int CHUNKS, int TILE_O>
+static void weight_launch(const WeightJob *jobs, int n, ConvShape s, const WeightPlan *plan,
+                          void *work) {
+    enum { THREADS = TAPS * CHUNKS * 128, SUMS = TILE_O / 8 * THREADS };  // float4 of a block
     static bool prepared;
-    const void *kernel = (const void *)weight_wgmma<TAPS, CHUNKS>;
+    const void *kernel = (const void *)weight_wgmma<TAPS, CHUNKS, TILE_O>;
     WeightArgs a;
     memset(&a, 0, sizeof a);
-    a.C = s.C, a.O = s.O, a.K = s.K;
+    a.C = s.C, a.O = s.O, a.K = s.K, a.slabs = plan->slabs, a.x_bytes = plan->x_bytes;
     for (int i = 0; i < n; i++) {
         WeightSum *job = &a.job[i];
         job->dw = jobs[i].dw, job->db = jobs[i].db, job->dil = jobs[i].dil;
         job->x_rows = SUM_TILE + (s.K - 1) * job->dil;
-        int bytes = (int)ceil_div(job->x_rows, 8) * 8 * 128;
-        if (bytes > a.x_bytes) a.x_bytes = bytes;
         if (!make_map(&job->x, jobs[i].x, (size_t)s.C, (size_t)s.T, (size_t)s.B, 64,
                       job->x_rows) ||
             !make_map(&job->dy, jobs[i].dy, (size_t)s.O, (size_t)s.T, (size_t)s.B, 64, SUM_TILE))
             return;
     }
-    size_t stage = DY_BYTES + CHUNKS * a.x_bytes;
-    a.slots = (int)((SHARED_BYTES - BARRIER_BYTES) / stage);
     a.steps_per_seq = (int)ceil_div(s.T, SUM_TILE);
     a.steps = s.B * a.steps_per_seq;
     a.groups = (int)ceil_div(s.C, 64 * CHUNKS);
-    a.o_tiles = (int)ceil_div(s.O, WEIGHT_O);
-    a.slabs = weight_slabs((size_t)s.B * s.T, n, (size_t)a.groups * a.o_tiles);
+    a.o_tiles = (int)ceil_div(s.O, TILE_O);
     a.part = (float4 *)work;
-    a.db_part = (float *)(a.part + (size_t)n * a.o_tiles * a.groups * a.slabs * SUMS);
+    a.db_part = (float *)(a.part + plan->tiles * a.slabs * SUMS);
+    // No more slots than steps: what is left is the next kernel's, whose blocks may come early.
+    int most = (int)ceil_div(a.steps, a.slabs);
+    a.slots = plan->slots < most ? plan->slots : most;
     if (!prepared)
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    SHARED_BYTES));
     prepared = true;
     unsigned jobs_tiles = (unsigned)(n * a.o_tiles);
     launch(kernel, dim3((unsigned)a.groups, (unsigned)a.slabs, jobs_tiles), THREADS,
-           a.slots * stage + BARRIER_BYTES, &a, true);
-    launch((const void *)add_weight_slabs<TAPS, CHUNKS>,
-           dim3(SUMS / REDUCE_THREADS, (unsigned)a.groups + 1, jobs_tiles), REDUCE_THREADS, 0, &a,
-           true);
+           a.slots * plan->stage + BARRIER_BYTES, &a, true);
+    if (a.slabs > 1)
+        launch((const void *)add_weight_slabs<TAPS, CHUNKS, TILE_O>,
+               dim3(SUMS / ADD_COLUMNS + 1, (unsigned)a.groups, jobs_tiles),
+               ADD_COLUMNS * ADD_WAYS, 0, &a, true);
 }
-static_assert((SHARED_BYTES - BARRIER_BYTES) / (DY_BYTES + (SUM_TILE + MAX_HALO) * 128) >= 3,
-              "the widest halo leaves three stages: one is multiplied, one freed, one on its way");
 
-// Tiles of dw: what one slab takes of blocks. K = 1 has half as many of the same size or less.
-static size_t weight_tiles(int C, int O) { return ceil_div(C, 64) * ceil_div(O, WEIGHT_O); }
+// Launches with the wide tile, or with the narrow one of 64 channels o.
+template <int TAPS, int NARROW_CHUNKS, int CHUNKS, int TILE_O>
+static void weight_tile(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    WeightPlan narrow = weight_plan(jobs, n, s, NARROW_CHUNKS, 64);
+    WeightPlan wide = weight_plan(jobs, n, s, CHUNKS, TILE_O);
+    if (narrow.cycles < wide.cycles)
+        weight_launch<TAPS, NARROW_CHUNKS, 64>(jobs, n, s, &narrow, work);
+    else
+        weight_launch<TAPS, CHUNKS, TILE_O>(jobs, n, s, &wide, work);
+}
 
 static void conv_backward_weight_wgmma(const WeightJob *jobs, int n, ConvShape s, void *work) {
     bool takes = have_wgmma() && s.K <= 3 && s.C % 8 == 0 && s.O % 8 == 0 && aligned16(work);
@@ -1439,32 +1629,32 @@ static void conv_backward_weight_wgmma(const WeightJob *jobs, int n, ConvShape s
         conv_backward_weight_mma(jobs, n, s, work);
         return;
     }
-    // Layers that fill the GPU alone gain nothing from company, and would take more scratch.
-    size_t blocks = weight_blocks((size_t)s.B * s.T);
-    int at_once = (size_t)n * weight_tiles(s.C, s.O) <= blocks ? n : 1;
+    // Layers that fill the GPU alone gain nothing from company.
+    size_t tiles = ceil_div(s.C, 64) * ceil_div(s.O, MAX_TILE_O);
+    int at_once = n * tiles <= (size_t)gpu()->sms ? n : 1;
     for (int i = 0; i < n; i += at_once) {
-        if (s.K == 1) weight_launch<1, 2>(jobs + i, at_once, s, work);
-        if (s.K == 2) weight_launch<2, 1>(jobs + i, at_once, s, work);
-        if (s.K == 3) weight_launch<3, 1>(jobs + i, at_once, s, work);
+        if (s.K == 1) weight_tile<1, 2, 2, 256>(jobs + i, at_once, s, work);
+        if (s.K == 2) weight_tile<2, 1, 2, 128>(jobs + i, at_once, s, work);
+        if (s.K == 3) weight_tile<3, 1, 1, 256>(jobs + i, at_once, s, work);
     }
 }
 
 // ---- Scratch, and the table
 
 // The most that the launchers above take for N rows, at most K taps and `width` channels: partial
-// sums, whose tiles, slabs and layers are at most `blocks` in product, or weights in bf16.
+// sums, whose tiles, slabs and layers are at most `blocks` in product, or weights in bf16. Of wgmma
+// `tiles` are as large as a block's registers hold; the narrow are more, but no more bytes.
 size_t tensor_work_bytes(size_t N, int K, int width) {
     size_t w = (size_t)width, bytes = (size_t)K * w * w * sizeof(bf16);
     size_t slabs = ceil_div(N, 256), tiles = mma_tiles(K, width, width), blocks = tiles * slabs;
     if (blocks > MMA_BLOCKS) blocks = tiles > MMA_BLOCKS ? tiles : (size_t)MMA_BLOCKS;
     size_t mma_bytes = blocks * (MMA_TILE * MMA_TILE + MMA_TILE) * sizeof(float);
     if (bytes < mma_bytes) bytes = mma_bytes;
-    if (!have_wgmma()) return bytes;
-    tiles = weight_tiles(width, width), blocks = tiles * slabs * MAX_WEIGHT_JOBS;
-    size_t most = weight_blocks(N);
-    if (blocks > most) blocks = tiles > most ? tiles : most;
-    size_t sums = (K < 3 ? 2 : 3) * 64 * WEIGHT_O;
-    size_t wgmma_bytes = blocks * (sums + WEIGHT_O) * sizeof(float);
+    slabs = N / (WEIGHT_LEAST_STEPS * SUM_TILE);
+    if (!have_wgmma() || slabs < 2) return bytes;
+    tiles = ceil_div(w, 64) * ceil_div(w, 128), blocks = tiles * slabs * MAX_WEIGHT_JOBS;
+    size_t wgmma_bytes = blocks * ((K < 3 ? 2 : 3) * 64 + 1) * MAX_TILE_O * sizeof(float);
+    if (wgmma_bytes > weight_scratch(N, K)) wgmma_bytes = weight_scratch(N, K);
     return bytes < wgmma_bytes ? wgmma_bytes : bytes;
 }
 

@@ -68,12 +68,17 @@ bool tensor_supported(ConvShape s);
 // Median seconds of f(arg), which queues work on the GPU: device events, after a warm-up. -1 where
 // the device reported an error.
 double gpu_time(void (*f)(void *), void *arg);
+// Seconds on the GPU of pieces of queued work, without waiting in between: gpu_lap notes that what
+// was queued since the last lap is entry's (the first lap only starts the clock); gpu_read_laps
+// waits, adds every lap to seconds[entry] and forgets them. At most 1024 laps.
+void gpu_lap(int entry);
+void gpu_read_laps(double *seconds);
 
 // Ceilings, measured: bytes/s of a large copy (read + written), FLOP/s of independent float32
-// multiply-adds, FLOP/s of cuBLAS on (M,K)x(K,N) in float32 (0 unless built with WITH_CUBLAS).
+// multiply-adds, FLOP/s of cuBLAS on (M,K)x(K,N) in float32 or bf16 (0 unless built WITH_CUBLAS).
 double gpu_copy_rate(void);
 double gpu_fma_rate(void);
-double gpu_cublas_rate(int M, int N, int K);
+double gpu_cublas_rate(int M, int N, int K, bool in_bf16);
 
 // ---- kernel_check.c: one kernel against the CPU ---------------------------------------------
 
@@ -107,7 +112,11 @@ static inline const Kernel *gpu_kernels(int *n) { return *n = 0, NULL; }
 static inline int gpu_selftest(const Backend *b, Error *e) { return (void)b, (void)e, 0; }
 static inline double gpu_copy_rate(void) { return 0; }
 static inline double gpu_fma_rate(void) { return 0; }
-static inline double gpu_cublas_rate(int M, int N, int K) { return (void)M, (void)N, (void)K, 0; }
+static inline double gpu_cublas_rate(int M, int N, int K, bool in_bf16) {
+    return (void)M, (void)N, (void)K, (void)in_bf16, 0;
+}
+static inline void gpu_lap(int entry) { (void)entry; }
+static inline void gpu_read_laps(double *seconds) { (void)seconds; }
 static inline double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes) {
     (void)k, (void)s;
     return *flops = *bytes = -1;
@@ -192,6 +201,28 @@ static inline __device__ void store4(T *p, float4 v, int left) {
     if (left > 3) p[3] = (T)v.w;
 }
 
+// Eight neighbours at an address of 16 bytes.
+static inline __device__ void load_eight(float v[8], const float *p) {
+    *(float4 *)v = four(p);
+    *(float4 *)(v + 4) = four(p + 4);
+}
+static inline __device__ void load_eight(float v[8], const bf16 *p) {
+    uint4 w = *(const uint4 *)p;
+    v[0] = __uint_as_float(w.x << 16), v[1] = __uint_as_float(w.x & 0xFFFF0000u);
+    v[2] = __uint_as_float(w.y << 16), v[3] = __uint_as_float(w.y & 0xFFFF0000u);
+    v[4] = __uint_as_float(w.z << 16), v[5] = __uint_as_float(w.z & 0xFFFF0000u);
+    v[6] = __uint_as_float(w.w << 16), v[7] = __uint_as_float(w.w & 0xFFFF0000u);
+}
+static inline __device__ void store_eight(float *p, const float v[8]) {
+    put_four(p, *(const float4 *)v);
+    put_four(p + 4, *(const float4 *)(v + 4));
+}
+static inline __device__ void store_eight(bf16 *p, const float v[8]) {
+    __nv_bfloat162 w[4];
+    for (int j = 0; j < 4; j++) w[j] = __floats2bfloat162_rn(v[2 * j], v[2 * j + 1]);
+    *(uint4 *)p = *(const uint4 *)w;
+}
+
 // The sum over a warp, the same bits in every lane.
 static inline __device__ float warp_sum(float v) {
     for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
@@ -205,28 +236,43 @@ static inline __device__ double warp_sum(double v) {
 // gelu(x) and gelu'(x) as in model.h, with one exponential and one division for both.
 static inline __device__ void gelu_and_grad(float x, float *value, float *grad) {
     float clamped = fminf(fmaxf(x, -10.0f), 10.0f), square = clamped * clamped;
-    float e = exp_real(-GELU_A * clamped * (1 + GELU_B * square)), s = 1 / (1 + e);
+    float e = exp_real(-GELU_A * clamped * (1 + GELU_B * square)), s = x < -10 ? 0 : 1 / (1 + e);
     *value = x * s;
     *grad = s + clamped * s * (s * e) * (GELU_A * (1 + 3 * GELU_B * square));
 }
 
-// The dropout factor of element i of a layer (model.h: Dropout), and of i..i+3 where i % 4 == 0:
-// one draw serves all four.
-static inline __device__ float dropout_factor(const Dropout &d, uint64_t i) {
-    if (d.threshold == 0) return 1;
-    uint64_t group = i / 8;
-    Philox r = philox(d.seed, (uint32_t)group, (uint32_t)(group >> 32), d.state->step, d.purpose);
-    return philox_lane(r, (int)(i % 8)) < d.threshold ? 0 : d.scale;
+// The same, as precise as bf16 needs it. With u = sqrt(2/pi) (x + 0.044715 x^3) of model.h:
+//   scale * gelu(x) = x * s,   s = scale * sigmoid(2u) = scale/2 + scale/2 * tanh(u)
+// tanh is one instruction here, right to 2^-11, which leaves the sigmoid within 2^-12; bf16 rounds
+// to 2^-9. The exponential and division of model.h are some 25 instructions. Where x is DROPPED u
+// is -1.6e11, its tanh -1 here, too (a check of PRE in kernel_check.c fails otherwise), and s is 0.
+#define HALF_A (GELU_A / 2)
+static inline __device__ float gelu_tanh(float x) {
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * (HALF_A + HALF_A * GELU_B * x * x)));
+    return t;
 }
-static inline __device__ float4 dropout_factor4(const Dropout &d, uint64_t i) {
-    if (d.threshold == 0) return make_float4(1, 1, 1, 1);
-    uint64_t group = i / 8;
-    Philox r = philox(d.seed, (uint32_t)group, (uint32_t)(group >> 32), d.state->step, d.purpose);
-    uint32_t lo = i % 8 ? r.v[2] : r.v[0], hi = i % 8 ? r.v[3] : r.v[1];
-    return make_float4((lo & 0xFFFF) < d.threshold ? 0 : d.scale,
-                       (lo >> 16) < d.threshold ? 0 : d.scale,
-                       (hi & 0xFFFF) < d.threshold ? 0 : d.scale,
-                       (hi >> 16) < d.threshold ? 0 : d.scale);
+static inline __device__ float scaled_gelu(float x, float scale) {
+    float half = scale / 2;
+    return x * (half + half * gelu_tanh(x));
+}
+// And its slope. Not clamped as in model.h: x*x is finite up to 1e19.
+static inline __device__ float scaled_gelu_and_slope(float x, float scale, float *slope) {
+    float half = scale / 2, t = gelu_tanh(x), s = half + half * t, y = x * s;
+    *slope = s + y * (0.5f - 0.5f * t) * (GELU_A + 3 * GELU_A * GELU_B * x * x);
+    return y;
+}
+
+// The random bits of channels o/4*4.. of row n of a pass (model.h: dropout_draw), a byte for each
+// of four. (Selected, not indexed, which would send the draw through memory.)
+static inline __device__ uint32_t dropout_word(const Dropout &d, size_t n, int o, int width) {
+    uint64_t row = d.first + n;
+    Philox r = dropout_draw(d.seed, d.purpose, d.state->step, row, o, width);
+    uint32_t w0 = row & 8 ? r.v[2] : r.v[0], w1 = row & 8 ? r.v[3] : r.v[1];
+    return o & 4 ? w1 : w0;
+}
+static inline __device__ bool dropout_takes(const Dropout &d, uint32_t word, int j) {  // byte j
+    return (word >> 8 * j & 0xFF) < d.threshold;
 }
 #endif
 #endif

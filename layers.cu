@@ -12,13 +12,15 @@
 // The count at B x T = 32 x 1024, C = 256: one activation array is N*C*4 = 33.5 MB, 11 us of an
 // H100's 3 TB/s to read or write once. No kernel adds floats atomically: every sum over rows goes
 // through partial sums at places fixed by the shape, added in order.
-// Measured there, naive -> tiled:
-//   embed          0.20 -> 0.020 ms    backward 2.06 -> 0.058 ms
-//   LayerNorm      0.24 -> 0.031 ms    backward 6.75 -> 0.078 ms    GELU backward 0.044 -> 0.040
-//   cross-entropy  0.22 -> 0.034 ms    AdamW on 8.4 M parameters 0.51 -> 0.14 ms
-// and in bf16, half the bytes: embed 0.015, backward 0.050; LayerNorm 0.018, backward 0.060; GELU
-// backward 0.027; cross-entropy 0.033 ms (with the softcap its bound is arithmetic).
+// Measured there, each launched alone, naive -> tiled (./bench --only ladder):
+//   embed          0.20 -> 0.021 ms    backward 2.06 -> 0.042 ms
+//   LayerNorm      0.24 -> 0.030 ms    backward 6.72 -> 0.058 ms
+//   cross-entropy  0.22 -> 0.027 ms    AdamW on 8.4 M parameters 0.58 -> 0.14 ms
+// and in bf16, half the bytes: embed 0.019, backward 0.039; LayerNorm 0.014, backward 0.035;
+// cross-entropy 0.020 ms.
 #include "kernels.h"
+
+#include <cuda_pipeline.h>
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -353,23 +355,72 @@ __global__ void norm_rows_tiled(T *out, const T *x, const float *gain, const flo
     }
 }
 
+// registers: a row of up to 256 channels stays in its warp's registers, channels 8*lane + j in lane
+// `lane`, so that it is read once, 16 bytes of bf16 at a time. A warp takes several rows: all their
+// loads are on their way together, and gain and bias, four times the bytes of a row of bf16, are
+// read once for them.
+enum { WARP_C = 256, ROWS_AT_ONCE = 4 };
+
+template <typename T>
+static __device__ void load_row(float v[8], const T *row, int C, int lane) {
+    for (int j = 0; j < 8; j++) v[j] = 0;
+    if (8 * lane < C) load_eight(v, row + 8 * lane);
+}
+template <typename T>
+static __device__ void store_row(T *row, const float v[8], int C, int lane) {
+    if (8 * lane < C) store_eight(row + 8 * lane, v);
+}
+static __device__ float2 register_moments(const float v[8], int C, int lane) {
+    float sum = 0, squares = 0;
+    for (int j = 0; j < 8; j++) sum += v[j];
+    float mean = warp_sum(sum) / C;
+    for (int j = 0; j < 8; j++)
+        if (8 * lane < C) squares += (v[j] - mean) * (v[j] - mean);
+    return make_float2(mean, 1 / sqrtf(warp_sum(squares) / C + (float)NORM_EPS));
+}
+
+template <typename T>
+__global__ void norm_rows_registers(T *out, const T *x, const float *gain, const float *bias,
+                                    size_t N, int C) {
+    begin_dependent();
+    const int lane = threadIdx.x % 32;
+    const size_t n0 = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS_AT_ONCE;
+    float v[ROWS_AT_ONCE][8], g[8], b[8];
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++)
+        load_row(v[r], x + (n0 + r) * C, n0 + r < N ? C : 0, lane);
+    load_row(g, gain, C, lane);
+    load_row(b, bias, C, lane);
+#pragma unroll
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+        float2 m = register_moments(v[r], C, lane);
+        for (int j = 0; j < 8; j++) v[r][j] = (v[r][j] - m.x) * m.y * g[j] + b[j];
+        store_row(out + (n0 + r) * C, v[r], n0 + r < N ? C : 0, lane);
+    }
+}
+
 template <typename T>
 static void norm_forward_tiled(act *out, const act *x, const real *gain, const real *bias,
                                size_t N, int C) {
-    bool vec = C % 4 == 0 && aligned16(out) && aligned16(x) && aligned16(gain) && aligned16(bias);
-    if (vec)
-        LAUNCH((norm_rows_tiled<true, T>), blocks_for(N, WARPS), THREADS,
-               (T *)out, (const T *)x, gain, bias, N, C);
+    bool aligned = aligned16(out) && aligned16(x) && aligned16(gain) && aligned16(bias);
+    unsigned warps = blocks_for(N, WARPS);
+    if (aligned && C % 8 == 0 && C <= WARP_C)
+        LAUNCH(norm_rows_registers<T>, blocks_for(N, WARPS * ROWS_AT_ONCE), THREADS, (T *)out,
+               (const T *)x, gain, bias, N, C);
+    else if (aligned && C % 4 == 0)
+        LAUNCH((norm_rows_tiled<true, T>), warps, THREADS, (T *)out, (const T *)x, gain, bias, N,
+               C);
     else
-        LAUNCH((norm_rows_tiled<false, T>), blocks_for(N, WARPS), THREADS,
-               (T *)out, (const T *)x, gain, bias, N, C);
+        LAUNCH((norm_rows_tiled<false, T>), warps, THREADS, (T *)out, (const T *)x, gain, bias, N,
+               C);
     LAUNCHED("norm_forward_tiled");
 }
 
 // forward:  xhat = (x - mean) * rstd;  out = xhat * gain + bias.    With g = dout * gain:
 //   dx = rstd * (g - average(g) - xhat * average(g * xhat))
 //   dgain[c] += sum_n dout[n,c] * xhat[n,c],   dbias[c] += sum_n dout[n,c]
-// dx may be x, so the columns' sums come first.
+// dx or again may be x, so the columns' sums come first.
+// On top of that:   again = out;   pre = dx * scale * gelu'(pre)
 
 // naive: one thread per row notes the moments; one per column sums; one per row writes dx.
 __global__ void moments_naive(float2 *moments, const float *x, size_t N, int C) {
@@ -388,8 +439,9 @@ __global__ void norm_columns_naive(float *dgain, float *dbias, const float2 *mom
     dgain[c] += gain_sum;
     dbias[c] += bias_sum;
 }
-__global__ void norm_dx_naive(float *dx, const float2 *moments, const float *dout, const float *x,
-                              const float *gain, size_t N, int C, bool accumulate) {
+__global__ void norm_dx_naive(float *dx, float *again, float *pre, const float2 *moments,
+                              const float *dout, const float *x, const float *gain,
+                              const float *bias, float scale, size_t N, int C, bool accumulate) {
     size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     float2 m = moments[n];
@@ -404,12 +456,16 @@ __global__ void norm_dx_naive(float *dx, const float2 *moments, const float *dou
         // __fmul_rn: g is rounded as in the sum above, so that with C = 1 the difference is 0.
         float g = __fmul_rn(dout[n * C + c], gain[c]), xhat = (x[n * C + c] - m.x) * m.y;
         float d = m.y * (g - g_mean - xhat * gx_mean);
-        dx[n * C + c] = accumulate ? dx[n * C + c] + d : d;
+        if (accumulate) d += dx[n * C + c];
+        dx[n * C + c] = d;
+        if (again) again[n * C + c] = xhat * gain[c] + bias[c];
+        if (pre) pre[n * C + c] = d * (scale * gelu_grad(pre[n * C + c]));
     }
 }
 
-static void norm_backward_naive(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
-                                const real *gain, size_t N, int C, bool accumulate, void *work) {
+static void norm_backward_naive(act *dx, real *dgain, real *dbias, act *again, act *pre,
+                                const act *dout, const act *x, const real *gain, const real *bias,
+                                float scale, size_t N, int C, bool accumulate, void *work) {
     float2 *moments = (float2 *)work;
     unsigned rows = blocks_for(N, THREADS);
     moments_naive<<<rows, THREADS, 0, gpu_stream>>>(moments, (const float *)x, N, C);
@@ -417,31 +473,60 @@ static void norm_backward_naive(act *dx, real *dgain, real *dbias, const act *do
     norm_columns_naive<<<blocks_for(C, THREADS), THREADS, 0, gpu_stream>>>(
         dgain, dbias, moments, (const float *)dout, (const float *)x, N, C);
     LAUNCHED("norm_columns_naive");
-    norm_dx_naive<<<rows, THREADS, 0, gpu_stream>>>((float *)dx, moments, (const float *)dout,
-                                                    (const float *)x, gain, N, C, accumulate);
+    norm_dx_naive<<<rows, THREADS, 0, gpu_stream>>>(
+        (float *)dx, (float *)again, (float *)pre, moments, (const float *)dout, (const float *)x,
+        gain, bias, scale, N, C, accumulate);
     LAUNCHED("norm_dx_naive");
 }
 
-// tiled: a block takes NORM_ROWS rows. First a warp per row finds the row's four averages, then a
-// thread per column walks the rows, writes dx and sums the column; both read neighbours together,
-// and the second reading finds the rows (32 KB) in L1. Bytes: x, dout, dx once, 101 MB instead of
-// naive's 235 MB; a block's column sums go to part (blocks, 2, C), 1/16 of one array.
-enum { NORM_ROWS = 32, AT_ONCE = 8 };
+// What a tiled kernel works on.
+template <typename T>
+struct NormBackward {
+    T *dx, *again, *pre;
+    float *part;  // (blocks, 2, C): a block's sums for dgain and dbias
+    const T *dout, *x;
+    const float *gain, *bias;
+    float scale;
+    size_t N;
+    int C, rows;  // rows of a block
+    bool accumulate;
+};
+
+// scale * gelu'(pre), as precise as the values are stored.
+static __device__ float scaled_slope(float pre, float scale, float) {
+    return scale * gelu_grad(pre);
+}
+static __device__ float scaled_slope(float pre, float scale, bf16) {
+    float slope;
+    scaled_gelu_and_slope(pre, scale, &slope);
+    return slope;
+}
+
+// Rows of a block: several to a warp where that still leaves a large GPU busy.
+enum { NORM_ROWS = 6 * WARPS, MANY_ROWS = 8192 };
+static int norm_rows(size_t N) { return N < MANY_ROWS ? (int)WARPS : (int)NORM_ROWS; }
+static size_t norm_blocks(size_t N) { return ceil_div(N, norm_rows(N)); }
+
+// tiled: a block takes up to NORM_ROWS rows. First a warp per row finds the row's four averages,
+// then a thread per column walks the rows, writes dx and sums the column; both read neighbours
+// together, and the second reading finds the rows in L1. Bytes: x, dout, dx once, 101 MB instead of
+// naive's 235 MB; a block's column sums go to part.
+enum { AT_ONCE = 8 };
 
 template <bool VEC, typename T>
-__global__ void norm_backward_rows(T *dx, float *part, const T *dout, const T *x,
-                                   const float *gain, size_t N, int C, bool accumulate) {
+__global__ void norm_backward_rows(NormBackward<T> a) {
     begin_dependent();
     __shared__ float4 row_figures[NORM_ROWS];  // mean, rstd, average g, average g*xhat
-    size_t n0 = (size_t)blockIdx.x * NORM_ROWS;
-    int rows = N - n0 < NORM_ROWS ? (int)(N - n0) : NORM_ROWS, lane = threadIdx.x % 32;
+    const int C = a.C, lane = threadIdx.x % 32;
+    size_t n0 = (size_t)blockIdx.x * a.rows;
+    int rows = a.N - n0 < a.rows ? (int)(a.N - n0) : a.rows;
     for (int r = threadIdx.x / 32; r < rows; r += WARPS) {
-        const T *x_r = x + (n0 + r) * C, *dout_r = dout + (n0 + r) * C;
+        const T *x_r = a.x + (n0 + r) * C, *dout_r = a.dout + (n0 + r) * C;
         float2 m = warp_moments<VEC>(x_r, C, lane);
         float g_sum = 0, gx_sum = 0;
         for (int c = 4 * lane; c < C; c += 128) {
             float4 v = load4<VEC>(x_r + c, C - c), d = load4<VEC>(dout_r + c, C - c);
-            float4 w = load4<VEC>(gain + c, C - c);  // beyond C: d and w are 0
+            float4 w = load4<VEC>(a.gain + c, C - c);  // beyond C: d and w are 0
             float g[4] = {__fmul_rn(d.x, w.x), __fmul_rn(d.y, w.y), __fmul_rn(d.z, w.z),
                           __fmul_rn(d.w, w.w)};
             g_sum += (g[0] + g[1]) + (g[2] + g[3]);
@@ -455,68 +540,160 @@ __global__ void norm_backward_rows(T *dx, float *part, const T *dout, const T *x
     __syncthreads();  // all rows' figures are there before the columns use them; from here on x
                       // may be overwritten, each value by the thread that has just read it
     for (int c = threadIdx.x; c < C; c += THREADS) {
-        float gain_sum = 0, bias_sum = 0, w = gain[c];
+        float gain_sum = 0, bias_sum = 0, w = a.gain[c], b = a.again ? a.bias[c] : 0;
         for (int r0 = 0; r0 < rows; r0 += AT_ONCE) {
-            // All loads before the first store: dx may be x, so the compiler keeps their order.
-            float v[AT_ONCE], d[AT_ONCE], old[AT_ONCE];
+            // All loads before the first store: outputs may be x, so the compiler keeps the order.
+            float v[AT_ONCE], d[AT_ONCE], old[AT_ONCE], pre[AT_ONCE];
             for (int j = 0; j < AT_ONCE; j++) {
                 size_t i = (n0 + r0 + j) * C + c;
                 bool here = r0 + j < rows;
-                v[j] = here ? (float)x[i] : 0;
-                d[j] = here ? (float)dout[i] : 0;
-                old[j] = here && accumulate ? (float)dx[i] : 0;
+                v[j] = here ? (float)a.x[i] : 0;
+                d[j] = here ? (float)a.dout[i] : 0;
+                old[j] = here && a.accumulate ? (float)a.dx[i] : 0;
+                pre[j] = here && a.pre ? (float)a.pre[i] : 0;
             }
             for (int j = 0; j < AT_ONCE && r0 + j < rows; j++) {
+                size_t i = (n0 + r0 + j) * C + c;
                 float4 f = row_figures[r0 + j];
                 float xhat = (v[j] - f.x) * f.y, g = __fmul_rn(d[j], w);
                 gain_sum += d[j] * xhat;
                 bias_sum += d[j];
-                dx[(n0 + r0 + j) * C + c] = (T)(old[j] + f.y * (g - f.z - xhat * f.w));
+                float dx = old[j] + f.y * (g - f.z - xhat * f.w);
+                a.dx[i] = (T)dx;
+                if (a.again) a.again[i] = (T)(xhat * w + b);
+                if (a.pre) a.pre[i] = (T)(dx * scaled_slope(pre[j], a.scale, T()));
             }
         }
-        part[((size_t)blockIdx.x * 2) * C + c] = gain_sum;
-        part[((size_t)blockIdx.x * 2 + 1) * C + c] = bias_sum;
+        a.part[((size_t)blockIdx.x * 2) * C + c] = gain_sum;
+        a.part[((size_t)blockIdx.x * 2 + 1) * C + c] = bias_sum;
     }
 }
 
-// first[c], second[c] += the sums over rows of part (rows, 2, C). A block takes 32 columns of one
-// of the two: 32 lines of threads each add every 32nd row, then the first line adds up the 32.
-__global__ void add_pairs(float *first, float *second, const float *part, size_t rows, int C) {
-    begin_dependent();
-    __shared__ float sums[32][33];
-    int tx = threadIdx.x, ty = threadIdx.y, c = blockIdx.x * 32 + tx;
-    float sum = 0;
-#pragma unroll 4
-    for (size_t r = ty; r < rows; r += 32)
-        if (c < C) sum += part[(r * 2 + blockIdx.y) * C + c];
-    sums[ty][tx] = sum;
-    __syncthreads();  // all 32 sums of a column are there
-    if (ty > 0 || c >= C) return;
-    sum = 0;
-    for (int r = 0; r < 32; r++) sum += sums[r][tx];
-    (blockIdx.y ? second : first)[c] += sum;
+// registers: as in norm_rows_registers. Everything is read once and written once: seven arrays at
+// most. A lane sums its own columns over its warp's rows; the eight warps' sums meet in shared
+// memory. Bound by how much is on its way from memory at a time, so while a warp works on a row its
+// next one is copied into shared memory; every lane reads back just what it has copied.
+enum { AHEAD = 2 };  // rows of bf16 in a warp's ring; float32 has one
+
+template <typename T>
+static __device__ void copy_row(T *to, const T *row, int C, int lane) {
+    for (int b = 0; b < (int)(8 * sizeof(T)) && 8 * lane < C; b += 16)
+        __pipeline_memcpy_async((char *)(to + 8 * lane) + b, (const char *)(row + 8 * lane) + b,
+                                16);
+}
+// The row of n, none where n is not before `end`, as the warp's next group of copies.
+template <typename T>
+static __device__ void copy_rows(T to[4][WARP_C], const NormBackward<T> &a, size_t n, size_t end,
+                                 int lane) {
+    if (n < end) {
+        copy_row(to[0], a.x + n * a.C, a.C, lane);
+        copy_row(to[1], a.dout + n * a.C, a.C, lane);
+        if (a.accumulate) copy_row(to[2], a.dx + n * a.C, a.C, lane);
+        if (a.pre) copy_row(to[3], a.pre + n * a.C, a.C, lane);
+    }
+    __pipeline_commit();
 }
 
 template <typename T>
-static void norm_backward_tiled(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
-                                const real *gain, size_t N, int C, bool accumulate, void *work) {
-    float *part = (float *)work;
-    unsigned blocks = blocks_for(N, NORM_ROWS);
-    if (C % 4 == 0 && aligned16(x) && aligned16(dout) && aligned16(gain))
-        LAUNCH((norm_backward_rows<true, T>), blocks, THREADS,
-               (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
+__global__ void __launch_bounds__(THREADS) norm_backward_registers(NormBackward<T> a) {
+    begin_dependent();
+    enum { SLOTS = AHEAD * sizeof(bf16) / sizeof(T) };
+    __shared__ __align__(16) T ring[WARPS][SLOTS][4][WARP_C];
+    __shared__ float warp_sums[WARPS][WARP_C];
+    const int C = a.C, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    size_t n = (size_t)blockIdx.x * a.rows + warp;
+    size_t end = ((size_t)blockIdx.x + 1) * a.rows < a.N ? ((size_t)blockIdx.x + 1) * a.rows : a.N;
+    float w[8], sums[2][8] = {};
+    load_row(w, a.gain, C, lane);
+    for (int i = 0; i < SLOTS - 1; i++) copy_rows(ring[warp][i], a, n + i * WARPS, end, lane);
+    for (int i = 0; n < end; i++, n += WARPS) {
+        copy_rows(ring[warp][(i + SLOTS - 1) % SLOTS], a, n + (SLOTS - 1) * WARPS, end, lane);
+        __pipeline_wait_prior(SLOTS - 1);  // for row n
+        T(*row)[WARP_C] = ring[warp][i % SLOTS];
+        float v[8], d[8], dx[8] = {}, pre[8];
+        load_row(v, row[0], C, lane);
+        load_row(d, row[1], C, lane);
+        if (a.accumulate) load_row(dx, row[2], C, lane);
+        float2 m = register_moments(v, C, lane);
+        float g_sum = 0, gx_sum = 0;
+        for (int j = 0; j < 8; j++) {
+            v[j] = (v[j] - m.x) * m.y;  // xhat
+            sums[0][j] += d[j] * v[j];
+            sums[1][j] += d[j];
+            d[j] = __fmul_rn(d[j], w[j]);  // g
+            g_sum += d[j];
+            gx_sum += d[j] * v[j];
+        }
+        g_sum = warp_sum(g_sum) / C;
+        gx_sum = warp_sum(gx_sum) / C;
+        for (int j = 0; j < 8; j++) dx[j] += m.y * (d[j] - g_sum - v[j] * gx_sum);
+        store_row(a.dx + n * C, dx, C, lane);
+        if (a.again) {
+            load_row(d, a.bias, C, lane);
+            for (int j = 0; j < 8; j++) v[j] = v[j] * w[j] + d[j];
+            store_row(a.again + n * C, v, C, lane);
+        }
+        if (a.pre) {
+            load_row(pre, row[3], C, lane);
+            for (int j = 0; j < 8; j++) pre[j] = dx[j] * scaled_slope(pre[j], a.scale, T());
+            store_row(a.pre + n * C, pre, C, lane);
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        __syncthreads();  // the sums of the round before are read
+        for (int j = 0; j < 8; j++) warp_sums[warp][8 * lane + j] = sums[i][j];
+        __syncthreads();  // all eight warps' sums are there
+        float sum = 0;
+        for (int u = 0; u < WARPS; u++) sum += warp_sums[u][threadIdx.x];
+        if (threadIdx.x < C) a.part[((size_t)blockIdx.x * 2 + i) * C + threadIdx.x] = sum;
+    }
+}
+static_assert((int)THREADS == (int)WARP_C, "a thread per column");
+
+// first[c], second[c] += the sums over rows of part (rows, 2, C). A block takes 8 columns of one of
+// the two: 128 lines of threads each add every 128th row, then halves are added to halves.
+enum { PAIR_COLUMNS = 8, PAIR_LINES = 128 };
+__global__ void add_pairs(float *first, float *second, const float *part, size_t rows, int C) {
+    begin_dependent();
+    __shared__ float sums[PAIR_LINES][PAIR_COLUMNS + 1];
+    int tx = threadIdx.x, ty = threadIdx.y, c = blockIdx.x * PAIR_COLUMNS + tx;
+    float sum = 0;
+#pragma unroll 4
+    for (size_t r = ty; r < rows; r += PAIR_LINES)
+        if (c < C) sum += part[(r * 2 + blockIdx.y) * C + c];
+    sums[ty][tx] = sum;
+    for (int half = PAIR_LINES / 2; half > 0; half /= 2) {
+        __syncthreads();  // the sums of the round before are there
+        if (ty < half) sums[ty][tx] += sums[ty + half][tx];
+    }
+    if (ty == 0 && c < C) (blockIdx.y ? second : first)[c] += sums[0][tx];
+}
+
+template <typename T>
+static void norm_backward_tiled(act *dx, real *dgain, real *dbias, act *again, act *pre,
+                                const act *dout, const act *x, const real *gain, const real *bias,
+                                float scale, size_t N, int C, bool accumulate, void *work) {
+    NormBackward<T> a = {(T *)dx, (T *)again, (T *)pre, (float *)work, (const T *)dout,
+                         (const T *)x, gain, bias, scale, N, C, norm_rows(N), accumulate};
+    unsigned blocks = (unsigned)norm_blocks(N);
+    bool aligned = aligned16(x) && aligned16(dout) && aligned16(gain) && aligned16(dx) &&
+                   aligned16(again) && aligned16(pre) && aligned16(bias);
+    if (aligned && C % 8 == 0 && C <= WARP_C)
+        LAUNCH(norm_backward_registers<T>, blocks, THREADS, a);
+    else if (aligned && C % 4 == 0)
+        LAUNCH((norm_backward_rows<true, T>), blocks, THREADS, a);
     else
-        LAUNCH((norm_backward_rows<false, T>), blocks, THREADS,
-               (T *)dx, part, (const T *)dout, (const T *)x, gain, N, C, accumulate);
+        LAUNCH((norm_backward_rows<false, T>), blocks, THREADS, a);
     LAUNCHED("norm_backward_tiled");
-    LAUNCH(add_pairs, dim3(blocks_for(C, 32), 2), dim3(32, 32), dgain, dbias, part, blocks, C);
+    LAUNCH(add_pairs, dim3(blocks_for(C, PAIR_COLUMNS), 2), dim3(PAIR_COLUMNS, PAIR_LINES), dgain,
+           dbias, a.part, (size_t)blocks, C);
     LAUNCHED("add_pairs");
 }
 
 // ---- Embedding and its LayerNorm ----------------------------------------------------------------
 //
-// As on the CPU: the V rows of the table are normalised, not the N rows of the batch. A dropped
-// byte's row is what LayerNorm makes of zeros: its bias.
+// As on the CPU, naive normalises the V rows of the table, not the N rows of the batch; so does
+// backward everywhere. A dropped byte's row is what LayerNorm makes of zeros: its bias.
 
 // naive: one thread per output
 __global__ void gather_naive(float *x, const int *ids, const float *rows, const float *bias,
@@ -535,28 +712,40 @@ static void embed_forward_naive(act *x, const int *ids, const real *table, const
     LAUNCHED("embed_forward_naive");
 }
 
-// tiled: one warp per row, 16 bytes a lane. Bytes: x written once, the table stays in cache.
+// tiled: one warp per row, which normalises the table's row anew: a few instructions a value, on
+// what lies in cache, and a launch less. Bytes: x written once.
 template <bool VEC, typename T>
-__global__ void gather_tiled(T *x, const int *ids, const float *rows, const float *bias,
-                             size_t N, int C) {
+__global__ void embed_rows_tiled(T *x, const int *ids, const float *table, const float *gain,
+                                 const float *bias, size_t N, int C) {
     begin_dependent();
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
     if (n >= N) return;
-    const float *from = ids[n] == BYTE_DROPPED ? bias : rows + (size_t)ids[n] * C;
-    for (int c = 4 * (threadIdx.x % 32); c < C; c += 128)
-        store4<VEC>(x + n * C + c, load4<VEC>(from + c, C - c), C - c);
+    bool dropped = ids[n] == BYTE_DROPPED;
+    const float *row = table + (dropped ? 0 : (size_t)ids[n] * C);
+    float2 m = warp_moments<VEC>(row, C, lane);
+    if (dropped) m.y = 0;  // of this row only the bias remains
+    for (int c = 4 * lane; c < C; c += 128) {
+        float4 v = load4<VEC>(row + c, C - c);
+        float4 g = load4<VEC>(gain + c, C - c), b = load4<VEC>(bias + c, C - c);
+        store4<VEC>(x + n * C + c,
+                    make_float4((v.x - m.x) * m.y * g.x + b.x, (v.y - m.x) * m.y * g.y + b.y,
+                                (v.z - m.x) * m.y * g.z + b.z, (v.w - m.x) * m.y * g.w + b.w),
+                    C - c);
+    }
 }
 
 template <typename T>
 static void embed_forward_tiled(act *x, const int *ids, const real *table, const real *gain,
                                 const real *bias, size_t N, int C, void *work) {
-    norm_forward_tiled<float>(work, table, gain, bias, V, C);
-    if (C % 4 == 0 && aligned16(x) && aligned16(bias))
-        LAUNCH((gather_tiled<true, T>), blocks_for(N, WARPS), THREADS,
-               (T *)x, ids, (const float *)work, bias, N, C);
+    (void)work;
+    bool aligned = aligned16(x) && aligned16(table) && aligned16(gain) && aligned16(bias);
+    if (aligned && C % 4 == 0)
+        LAUNCH((embed_rows_tiled<true, T>), blocks_for(N, WARPS), THREADS,
+               (T *)x, ids, table, gain, bias, N, C);
     else
-        LAUNCH((gather_tiled<false, T>), blocks_for(N, WARPS), THREADS,
-               (T *)x, ids, (const float *)work, bias, N, C);
+        LAUNCH((embed_rows_tiled<false, T>), blocks_for(N, WARPS), THREADS,
+               (T *)x, ids, table, gain, bias, N, C);
     LAUNCHED("embed_forward_tiled");
 }
 
@@ -589,7 +778,8 @@ static void embed_backward_naive(real *dtable, real *dgain, real *dbias, const a
     segment_sums_naive<<<blocks_for(values, THREADS), THREADS, 0, gpu_stream>>>(
         drows, (const float *)dx, ids, N, C);
     LAUNCHED("embed_backward_naive");
-    norm_backward_naive(dtable, dgain, dbias, drows, table, gain, V, C, true, rest);
+    norm_backward_naive(dtable, dgain, dbias, NULL, NULL, drows, table, gain, NULL, 1, V, C, true,
+                        rest);
     LAUNCH(add_row, blocks_for(C, THREADS), THREADS, dbias, drows + (size_t)V * C, C);
     LAUNCHED("add_row");
 }
@@ -598,6 +788,8 @@ static void embed_backward_naive(real *dtable, real *dgain, real *dbias, const a
 // (ballots would do for 32; a scan over the block does for all), then a thread per column adds the
 // listed rows. A common byte's rows are thus spread over the slabs, and the loads of the list are
 // independent. Bytes: dx once; ids once per v and slab, from L2; part (slabs, V+1, C).
+// What dropped bytes add to the bias is added by the kernel that knows the whole sum: with one slab
+// this one, to which dbias is then given, else sum_slabs.
 enum { LIST = 2048, PER_THREAD = LIST / THREADS, SLABS = 64 };
 
 // Slabs of LIST rows, or of several times as many where that would take much scratch.
@@ -608,14 +800,13 @@ static size_t embed_slabs(size_t N, int C) {
 }
 
 template <typename T>
-__global__ void segment_sums_tiled(float *part, const T *dx, const int *ids, size_t N, int C,
-                                   size_t slab_rows) {
+__global__ void segment_sums_tiled(float *part, float *dbias, const T *dx, const int *ids, size_t N,
+                                   int C, size_t slab_rows) {
     begin_dependent();
     __shared__ int list[LIST], warp_counts[WARPS];
     int v = blockIdx.x, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     size_t begin = blockIdx.y * slab_rows, end = begin + slab_rows < N ? begin + slab_rows : N;
     float *to = part + ((size_t)blockIdx.y * (V + 1) + v) * C;
-    for (int c = tid; c < C; c += THREADS) to[c] = 0;  // mine: no one else touches it
     for (size_t n0 = begin; n0 < end; n0 += LIST) {
         int left = end - n0 < LIST ? (int)(end - n0) : LIST, mine = 0;
         for (int j = 0; j < PER_THREAD; j++) {
@@ -640,24 +831,29 @@ __global__ void segment_sums_tiled(float *part, const T *dx, const int *ids, siz
             if (i < left && ids[n0 + i] == v) list[at++] = i;
         }
         __syncthreads();  // the list is whole
-        for (int c = tid; c < C && total > 0; c += THREADS) {
-            float sum = to[c];
+        bool first = n0 == begin;
+        for (int c = tid; c < C && (first || total > 0); c += THREADS) {
+            float sum = first ? 0 : to[c];  // mine: no one else touches it
 #pragma unroll 8
             for (int i = 0; i < total; i++) sum += (float)dx[(n0 + list[i]) * C + c];
             to[c] = sum;
         }
     }
+    for (int c = tid; dbias && v == BYTE_DROPPED && c < C; c += THREADS) dbias[c] += to[c];
 }
 
-// out[i] = the sum over slabs of part (slabs, n)
-__global__ void sum_slabs(float *out, const float *part, size_t n, size_t slabs) {
+// drows (V,C) = the sums over slabs of part (slabs, V+1, C), whose last row goes to dbias
+__global__ void sum_slabs(float *drows, float *dbias, const float *part, int C, size_t slabs) {
     begin_dependent();
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, values = (size_t)(V + 1) * C;
+    if (i >= values) return;
     float sum = 0;
 #pragma unroll 8
-    for (size_t s = 0; s < slabs; s++) sum += part[s * n + i];
-    out[i] = sum;
+    for (size_t s = 0; s < slabs; s++) sum += part[s * values + i];
+    if (i < (size_t)V * C)
+        drows[i] = sum;
+    else
+        dbias[i - (size_t)V * C] += sum;
 }
 
 template <typename T>
@@ -667,64 +863,70 @@ static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const a
     size_t values = (size_t)(V + 1) * C, slabs = embed_slabs(N, C);
     size_t slab_rows = ceil_div(ceil_div(N, LIST), slabs) * LIST;
     float *drows = (float *)work, *part = drows + values / 4 * 4 + 4;  // both on 16 bytes
+    bool one = slabs == 1;
     LAUNCH(segment_sums_tiled<T>, dim3(V + 1, (unsigned)slabs), THREADS,
-           part, (const T *)dx, ids, N, C, slab_rows);
+           one ? drows : part, one ? dbias : NULL, (const T *)dx, ids, N, C, slab_rows);
     LAUNCHED("embed_backward_tiled");
-    LAUNCH(sum_slabs, blocks_for(values, THREADS), THREADS, drows, part, values, slabs);
+    if (!one)
+        LAUNCH(sum_slabs, blocks_for(values, THREADS), THREADS, drows, dbias, part, C, slabs);
     LAUNCHED("sum_slabs");
-    norm_backward_tiled<float>(dtable, dgain, dbias, drows, table, gain, V, C, true, part);
-    LAUNCH(add_row, blocks_for(C, THREADS), THREADS, dbias, drows + (size_t)V * C, C);
-    LAUNCHED("add_row");
+    norm_backward_tiled<float>(dtable, dgain, dbias, NULL, NULL, drows, table, gain, NULL, 1, V, C,
+                               true, part);
 }
 
-// ---- GELU and dropout backward ------------------------------------------------------------------
-// forward:  a = dropout(gelu(pre))          dpre = dout * dropout * gelu'(pre)
+// product, for many rows in bf16: drows = onehot^T dx, a linear layer's weight gradient, with one 1
+// in each row of onehot (N,V) and none where the byte is dropped; exact, because sums are float32.
+// Bound before: the longest list. One byte of seven of an English text is a space.
+// Bytes: dx once, onehot once written and read, PRODUCT_ROWS of it at a time. dbias is the gradient
+// of such a layer's bias: the sum of all rows.
+enum { PRODUCT_LEAST = 4096, PRODUCT_ROWS = 16384 };
 
-// naive: one thread per value, which draws eight random numbers and uses one
-__global__ void act_backward_one(float *dpre, const float *dout, const float *pre, Dropout drop,
-                                 size_t n, int O) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    dpre[i] = dout[i] * dropout_factor(drop, drop.first * O + i) * gelu_grad(pre[i]);
-}
+static size_t product_rows(size_t N) { return N < PRODUCT_ROWS ? N : (size_t)PRODUCT_ROWS; }
 
-static void act_backward_naive(act *dpre, const act *dout, const act *pre, Dropout drop,
-                               ConvShape s) {
-    size_t n = (size_t)s.B * s.T * s.O;
-    act_backward_one<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>(
-        (float *)dpre, (const float *)dout, (const float *)pre, drop, n, s.O);
-    LAUNCHED("act_backward_naive");
-}
-
-// tiled: four values a thread, one load and one draw. Bytes: 101 MB, the floor.
-template <bool VEC, typename T>
-__global__ void act_backward_four(T *dpre, const T *dout, const T *pre, Dropout drop, size_t n,
-                                  int O) {
+// onehot: a thread writes eight values. drows: the first `zeros` become 0; the thread's share.
+__global__ void one_hot(bf16 *onehot, float *drows, const int *ids, size_t N, size_t zeros) {
     begin_dependent();
-    size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x), at = drop.first * O + i;
-    if (i >= n) return;
-    int left = n - i < 4 ? (int)(n - i) : 4;
-    float4 d = load4<VEC>(dout + i, left), p = load4<VEC>(pre + i, left);
-    float4 f = VEC ? dropout_factor4(drop, at)
-                   : make_float4(dropout_factor(drop, at), dropout_factor(drop, at + 1),
-                                 dropout_factor(drop, at + 2), dropout_factor(drop, at + 3));
-    store4<VEC>(dpre + i,
-                make_float4(d.x * f.x * gelu_grad(p.x), d.y * f.y * gelu_grad(p.y),
-                            d.z * f.z * gelu_grad(p.z), d.w * f.w * gelu_grad(p.w)),
-                left);
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (size_t j = i; j < zeros; j += (size_t)gridDim.x * blockDim.x) drows[j] = 0;
+    if (i >= N * (V / 8)) return;
+    int at = ids[i / (V / 8)] - 8 * (int)(i % (V / 8));  // where the 1 is among the eight, if it is
+    uint32_t w[4];
+    for (int j = 0; j < 4; j++) w[j] = at == 2 * j ? 0x3F80 : at == 2 * j + 1 ? 0x3F800000 : 0;
+    *(uint4 *)(onehot + 8 * i) = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-template <typename T>
-static void act_backward_tiled(act *dpre, const act *dout, const act *pre, Dropout drop,
-                               ConvShape s) {
-    size_t n = (size_t)s.B * s.T * s.O;
-    if (s.O % 4 == 0 && aligned16(dpre) && aligned16(dout) && aligned16(pre))
-        LAUNCH((act_backward_four<true, T>), blocks_for(n, 4 * THREADS), THREADS,
-               (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
-    else
-        LAUNCH((act_backward_four<false, T>), blocks_for(n, 4 * THREADS), THREADS,
-               (T *)dpre, (const T *)dout, (const T *)pre, drop, n, s.O);
-    LAUNCHED("act_backward_tiled");
+// The convolutions of the backend `tensor`.
+static const Backend *tensor_convs(void) {
+    static Backend b;
+    if (!b.conv_backward_weight)
+        for (int i = 0; i < n_tensor_kernels; i++)
+            if (tensor_kernels[i].used_by[0]) kernel_install(&b, &tensor_kernels[i]);
+    return &b;
+}
+
+static void embed_backward_product(real *dtable, real *dgain, real *dbias, const act *dx,
+                                   const int *ids, const real *table, const real *gain, size_t N,
+                                   int C, void *work) {
+    if (N < PRODUCT_LEAST || C % 8 != 0 || !aligned16(dx) || !aligned16(work)) {
+        embed_backward_tiled<bf16>(dtable, dgain, dbias, dx, ids, table, gain, N, C, work);
+        return;
+    }
+    size_t values = (size_t)(V + 1) * C;
+    float *drows = (float *)work;
+    bf16 *onehot = (bf16 *)(drows + values);  // on 16 bytes, as C is a multiple of 8
+    void *rest = onehot + product_rows(N) * V;
+    for (size_t n = 0; n < N; n += PRODUCT_ROWS) {
+        size_t rows = product_rows(N - n);
+        LAUNCH(one_hot, blocks_for(rows * (V / 8), THREADS), THREADS,
+               onehot, drows, ids + n, rows, n == 0 ? values : 0);
+        LAUNCHED("one_hot");
+        const WeightJob job = {drows, dbias, onehot, (const bf16 *)dx + n * C, 1};
+        const ConvShape s = {1, (int)rows, V, C, 1, 1};
+        tensor_convs()->conv_backward_weight(&job, 1, s, rest);
+    }
+    // dbias is complete: what LayerNorm's backward would add to it goes where nobody reads.
+    norm_backward_tiled<float>(dtable, dgain, drows + (size_t)V * C, NULL, NULL, drows, table, gain,
+                               NULL, 1, V, C, true, rest);
 }
 
 // ---- Loss ---------------------------------------------------------------------------------------
@@ -761,8 +963,23 @@ static void cross_entropy_naive(real *losses, act *logits, const int *targets, f
     LAUNCHED("cross_entropy_naive");
 }
 
-// tiled: one warp per row, whose 256 values stay in the lanes' registers, eight in each: lane i
-// holds 4i..4i+3 and 128+4i..128+4i+3. Bytes: logits read once and written once, 67 MB.
+// exp and tanh, as precise as the logits are stored. In bf16 by the GPU's own 2^x and 1/x, right to
+// 2^-22 (PTX ISA) where bf16 rounds to 2^-9: one instruction each.
+static __device__ float loss_exp(float x, float) { return exp_real(x); }
+static __device__ float loss_exp(float x, bf16) {
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 1.44269504f));
+    return e;
+}
+static __device__ float loss_tanh(float x, float) { return tanhf(x); }
+static __device__ float loss_tanh(float x, bf16 type) {
+    float r;  // 1/inf = 0 and 1/1 are the ends
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1 + loss_exp(2 * x, type)));
+    return 1 - 2 * r;
+}
+
+// tiled: one warp per row, whose 256 values stay in the lanes' registers: lane i holds 8i..8i+7.
+// Bytes: logits read once and written once, 67 MB.
 template <typename T>
 __global__ void cross_entropy_warp(float *losses, T *logits, const int *targets, float cap,
                                    float scale, size_t N) {
@@ -771,13 +988,13 @@ __global__ void cross_entropy_warp(float *losses, T *logits, const int *targets,
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (n >= N) return;
-    T *l = logits + n * V;
-    int target = targets[n];
+    const int target = targets[n], first = 8 * lane;
+    T *l = logits + n * V + first;
     float p[8], slope[8], top = -INFINITY, sum = 0, at_target = 0;
-    *(float4 *)&p[0] = four(l + 4 * lane);
-    *(float4 *)&p[4] = four(l + 128 + 4 * lane);
+    load_eight(p, l);
+    const float per_cap = 1 / cap;
     for (int j = 0; j < 8; j++) {
-        float t = cap > 0 ? tanhf(p[j] / cap) : 0;
+        float t = cap > 0 ? loss_tanh(p[j] * per_cap, T()) : 0;
         if (cap > 0) p[j] = cap * t;
         slope[j] = 1 - t * t;
         top = fmaxf(top, p[j]);
@@ -785,20 +1002,18 @@ __global__ void cross_entropy_warp(float *losses, T *logits, const int *targets,
     for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
     for (int j = 0; j < 8; j++) {
         p[j] -= top;
-        if (j / 4 * 128 + 4 * lane + j % 4 == target) at_target = p[j];
-        p[j] = exp_real(p[j]);
+        if (first + j == target) at_target = p[j];
+        p[j] = loss_exp(p[j], T());
         sum += p[j];
     }
     sum = warp_sum(sum);
-    at_target = warp_sum(at_target);  // one lane has it, the others 0
+    at_target = __shfl_sync(~0u, at_target, target / 8 & 31);  // from the lane that has it
     if (lane == 0) losses[n] = target < 0 ? 0 : logf(sum) - at_target;
     if (scale == 0) return;
-    for (int j = 0; j < 8; j++) {
-        float is_target = j / 4 * 128 + 4 * lane + j % 4 == target;
-        p[j] = target < 0 ? 0 : scale * slope[j] * (p[j] / sum - is_target);
-    }
-    put_four(l + 4 * lane, *(float4 *)&p[0]);
-    put_four(l + 128 + 4 * lane, *(float4 *)&p[4]);
+    const float per_sum = 1 / sum;
+    for (int j = 0; j < 8; j++)
+        p[j] = target < 0 ? 0 : scale * slope[j] * (p[j] * per_sum - (first + j == target));
+    store_eight(l, p);
 }
 
 template <typename T>
@@ -821,20 +1036,21 @@ static void add_losses_naive(StepState *state, const real *losses, size_t N, voi
     LAUNCHED("add_losses_naive");
 }
 
-// The sum of one double per thread over a block of 1024, in thread 0.
+// The sum of one double per thread over a block, in thread 0.
 static __device__ double block_sum(double v) {
     __shared__ double warps[32];
     v = warp_sum(v);
+    __syncthreads();  // the first warp has read the sums of the call before
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
     __syncthreads();  // every warp's sum is there before the first warp adds them
-    return warp_sum(threadIdx.x < 32 ? warps[threadIdx.x] : 0.0);
+    return warp_sum(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : 0.0);
 }
 
 // tiled: one block, each thread adds every 1024th loss
 __global__ void add_losses_block(StepState *state, const float *losses, size_t N) {
     begin_dependent();
     double sum = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (size_t n = threadIdx.x; n < N; n += 1024) sum += losses[n];
     sum = block_sum(sum);
     if (threadIdx.x == 0) state->loss_sum += sum;
@@ -897,7 +1113,8 @@ __global__ void squares_tiled(double *part, const float *x, size_t n) {
 
 // One block of 1024 (tiled) or one thread (naive: blockDim.x is 1, and the loop is the CPU's).
 __global__ void begin_step(AdamWStep *a, StepState *state, const double *part, size_t slabs,
-                           double loss_scale, Hyper h) {
+                           double loss_scale, const __grid_constant__ Hyper h) {
+    begin_dependent();
     double sum = 0;
     for (size_t i = threadIdx.x; i < slabs; i += blockDim.x) sum += part[i];
     if (blockDim.x > 1) sum = block_sum(sum);
@@ -918,6 +1135,7 @@ __global__ void update_one(float *p, const float *g, float *m, float *v, float *
 // the new parameters in bf16, NULL where nobody keeps one.
 __global__ void update_four(float *p, const float *g, float *m, float *v, float *ema, bf16 *copy,
                             size_t n, size_t n_decay, const AdamWStep *step) {
+    begin_dependent();
     size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
     AdamWStep a = *step;
     if (i >= n || !a.finite) return;
@@ -968,10 +1186,10 @@ static void optimize_tiled(real *params, real *grads, real *m, real *v, real *em
     AdamWStep *a = step_numbers(work, slabs);
     LAUNCH(squares_tiled, (unsigned)slabs, 1024, (double *)work, grads, n);
     LAUNCHED("squares_tiled");
-    begin_step<<<1, 1024, 0, gpu_stream>>>(a, state, (double *)work, slabs, loss_scale, hyper);
+    LAUNCH(begin_step, 1, 1024, a, state, (const double *)work, slabs, loss_scale, hyper);
     LAUNCHED("begin_step");
-    update_four<<<blocks_for(n, 4 * THREADS), THREADS, 0, gpu_stream>>>(
-        params, grads, m, v, ema, bf16_copy(params), n, n_decay, a);
+    LAUNCH(update_four, blocks_for(n, 4 * THREADS), THREADS, params, grads, m, v, ema,
+           bf16_copy(params), n, n_decay, (const AdamWStep *)a);
     LAUNCHED("optimize_tiled");
 }
 
@@ -982,7 +1200,7 @@ static size_t gpu_work_bytes(size_t N, int K, int width, size_t n) {
     // Slabs * C <= max(65536, C) (embed_slabs), whatever C <= width is.
     size_t slab_values = ceil_div(N, LIST) * w, most = w > 65536 ? w : 65536;
     if (slab_values > most) slab_values = most;
-    size_t norm = ceil_div(N, NORM_ROWS) * 2 * w, norm_table = ceil_div(V, NORM_ROWS) * 2 * w;
+    size_t norm = norm_blocks(N) * 2 * w, norm_table = norm_blocks(V) * 2 * w;
     if (norm < 2 * N) norm = 2 * N;  // naive: two moments per row
     if (norm_table < 2 * V) norm_table = 2 * V;
     size_t embed = slab_values * (V + 1);
@@ -995,8 +1213,20 @@ static size_t gpu_work_bytes(size_t N, int K, int width, size_t n) {
     return bytes < conv ? conv : bytes;
 }
 
+// What embed_backward_product takes: drows, onehot, and what a linear layer of so many rows, or
+// LayerNorm on the table, takes after them.
+static size_t product_work_bytes(size_t N, int width) {
+    size_t rows = product_rows(N), w = (size_t)width;
+    size_t tensor = tensor_work_bytes(rows, 1, width), conv = conv_work_bytes(rows, 1, width);
+    size_t norm = norm_blocks(V) * 2 * w * sizeof(float), rest = tensor > conv ? tensor : conv;
+    if (rest < norm) rest = norm;
+    return (V + 1) * w * sizeof(float) + rows * V * sizeof(bf16) + rest;
+}
+
 static size_t bf16_work_bytes(size_t N, int K, int width, size_t n) {
     size_t bytes = gpu_work_bytes(N, K, width, n), conv = tensor_work_bytes(N, K, width);
+    size_t product = N < PRODUCT_LEAST ? 0 : product_work_bytes(N, width);
+    if (bytes < product) bytes = product;
     return bytes > conv ? bytes : conv;
 }
 
@@ -1007,19 +1237,18 @@ static const Kernel layer_kernels[] = {
     KERNEL_PAIR(embed_forward, embed_forward_tiled, "a warp per row, four values a lane"),
     KERNEL(float, embed_backward, embed_backward_naive, "naive", "a thread per (byte, channel)"),
     KERNEL_PAIR(embed_backward, embed_backward_tiled, "list each byte's rows, add them"),
+    KERNEL(bf16, embed_backward, embed_backward_product, "tensor", "one-hot rows times dx, bf16"),
     KERNEL(float, norm_forward, norm_forward_naive, "naive", "a thread per row"),
     KERNEL_PAIR(norm_forward, norm_forward_tiled, "a warp per row, four values a lane"),
     KERNEL(float, norm_backward, norm_backward_naive, "naive", "a thread per row, then per column"),
     KERNEL_PAIR(norm_backward, norm_backward_tiled, "rows by warps, columns by threads"),
-    KERNEL(float, act_backward, act_backward_naive, "naive", "a thread per value"),
-    KERNEL_PAIR(act_backward, act_backward_tiled, "four values and one draw a thread"),
     KERNEL(float, cross_entropy, cross_entropy_naive, "naive", "a thread per row"),
     KERNEL_PAIR(cross_entropy, cross_entropy_tiled, "a warp per row, in registers"),
     KERNEL(float, add_losses, add_losses_naive, "naive", "one thread"),
     KERNEL(float, add_losses, add_losses_tiled, "tiled tensor", "one block"),
     KERNEL(float, draw_batch, draw_batch_each, "naive tiled tensor", "a thread per byte"),
     KERNEL(float, optimize, optimize_naive, "naive", "a thread per parameter"),
-    KERNEL(float, optimize, optimize_tiled, "tiled tensor", "four parameters a thread"),
+    KERNEL(float, optimize, optimize_tiled, "tiled tensor", "all blocks meet once, one launch"),
 };
 enum { N_LAYER_KERNELS = sizeof layer_kernels / sizeof *layer_kernels, MAX_KERNELS = 128 };
 
@@ -1155,6 +1384,31 @@ double gpu_time(void (*f)(void *), void *arg) {
     return ms[runs / 2] / 1e3;
 }
 
+// Laps: an event after each piece of work, read when all is done, so that the host never waits in
+// between and short kernels are timed as they run in a step.
+enum { MOST_LAPS = 1024 };
+static struct {
+    cudaEvent_t at[MOST_LAPS + 1];
+    int entry[MOST_LAPS + 1], n;
+} laps;
+
+void gpu_lap(int entry) {
+    if (laps.n > MOST_LAPS) return;
+    if (!laps.at[laps.n]) CHECK(cudaEventCreate(&laps.at[laps.n]));
+    CHECK(cudaEventRecord(laps.at[laps.n], gpu_stream));
+    laps.entry[laps.n++] = entry;
+}
+
+void gpu_read_laps(double *seconds) {
+    CHECK(cudaStreamSynchronize(gpu_stream));
+    for (int i = 1; i < laps.n; i++) {
+        float ms = 0;
+        CHECK(cudaEventElapsedTime(&ms, laps.at[i - 1], laps.at[i]));
+        seconds[laps.entry[i]] += ms / 1e3;
+    }
+    laps.n = 0;
+}
+
 enum { COPY_BYTES = 1 << 29 };
 static void copy_once(void *p) {
     CHECK(cudaMemcpyAsync((char *)p + COPY_BYTES, p, COPY_BYTES, cudaMemcpyDeviceToDevice,
@@ -1193,28 +1447,42 @@ double gpu_fma_rate(void) {
     return s > 0 ? 2.0 * FMA_LOOPS * FMA_CHAINS * FMA_BLOCKS * THREADS / s : 0;
 }
 
-// A yardstick only, linked where asked for (make CUBLAS=1): nothing here computes with it.
+// A yardstick only, linked where it is there (make bench): nothing here computes with it.
 #ifdef WITH_CUBLAS
 #include <cublas_v2.h>
 typedef struct {
     cublasHandle_t handle;
-    float *a, *b, *c;
+    void *a, *b, *c;
     int M, N, K;
+    bool in_bf16;
 } Gemm;
 static void gemm_once(void *arg) {
     const Gemm *g = (const Gemm *)arg;
     const float one = 1, zero = 0;
-    cublasSgemm(g->handle, CUBLAS_OP_N, CUBLAS_OP_N, g->N, g->M, g->K, &one, g->b, g->N, g->a,
-                g->K, &zero, g->c, g->N);
+    cudaDataType_t type = g->in_bf16 ? CUDA_R_16BF : CUDA_R_32F;
+    cublasGemmEx(g->handle, CUBLAS_OP_N, CUBLAS_OP_N, g->N, g->M, g->K, &one, g->b, type, g->N,
+                 g->a, type, g->K, &zero, g->c, type, g->N, CUBLAS_COMPUTE_32F,
+                 CUBLAS_GEMM_DEFAULT);
 }
-double gpu_cublas_rate(int M, int N, int K) {
-    Gemm g = {NULL, NULL, NULL, NULL, M, N, K};
-    size_t a = (size_t)M * K, b = (size_t)K * N, c = (size_t)M * N;
-    g.a = (float *)gpu_alloc((a + b + c) * sizeof(float));
+// Zeros would run cooler, and faster.
+__global__ void fill_randomly(void *p, size_t n, bool in_bf16) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float v = (philox(1, (uint32_t)i, 0, 0, RNG_TEST).v[0] >> 8) / 8388608.0f - 1;
+    if (in_bf16)
+        ((bf16 *)p)[i] = (bf16)v;
+    else
+        ((float *)p)[i] = v;
+}
+double gpu_cublas_rate(int M, int N, int K, bool in_bf16) {
+    Gemm g = {NULL, NULL, NULL, NULL, M, N, K, in_bf16};
+    size_t a = (size_t)M * K, b = (size_t)K * N, c = (size_t)M * N, size = in_bf16 ? 2 : 4;
+    g.a = gpu_alloc((a + b + c) * size);
     if (!g.a || cublasCreate(&g.handle) != CUBLAS_STATUS_SUCCESS) return 0;
-    g.b = g.a + a, g.c = g.b + b;
-    gpu_zero(g.a, (a + b + c) * sizeof(float));
-    fma_chains<<<(unsigned)((a + b) / THREADS), THREADS, 0, gpu_stream>>>(g.a, 0.9f, 0.1f);
+    g.b = (char *)g.a + a * size, g.c = (char *)g.b + b * size;
+    fill_randomly<<<blocks_for(a + b + c, THREADS), THREADS, 0, gpu_stream>>>(g.a, a + b + c,
+                                                                              in_bf16);
+    LAUNCHED("fill_randomly");
     cublasSetStream(g.handle, gpu_stream);
     double s = gpu_time(gemm_once, &g);
     cublasDestroy(g.handle);
@@ -1222,8 +1490,8 @@ double gpu_cublas_rate(int M, int N, int K) {
     return s > 0 ? 2.0 * M * N * K / s : 0;
 }
 #else
-double gpu_cublas_rate(int M, int N, int K) {
-    (void)M, (void)N, (void)K;
+double gpu_cublas_rate(int M, int N, int K, bool in_bf16) {
+    (void)M, (void)N, (void)K, (void)in_bf16;
     return 0;
 }
 #endif

@@ -48,8 +48,8 @@ int config_check(const Config *c, Error *e) {
     if (!(c->softcap >= 0 && c->softcap <= 1e6f))
         return fail(e, "softcap is %g, expected 0 (none) to 1e6", (double)c->softcap);
     if (c->tie && c->latent != c->channels)
-        return fail(e, "a tied head needs latent = channels, got %d and %d: leave --latent out",
-                    c->latent, c->channels);
+        return fail(e, "a tied head needs latent = channels, got %d and %d: leave --latent out or "
+                       "add --no-tie", c->latent, c->channels);
     return 0;
 }
 
@@ -204,7 +204,8 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
                     1 << 27);
     if (training) {
         m->training = *training;
-        size_t most = backend->pass_rows ? backend->pass_rows((size_t)B * T) : SIZE_MAX;
+        bool halve = backend->pass_rows && !training->at_once;
+        size_t most = halve ? backend->pass_rows((size_t)B * T) : SIZE_MAX;
         for (; m->B % 2 == 0 && (size_t)m->B * T > most; m->B /= 2) m->training.passes *= 2;
         B = m->B;
     }
@@ -327,12 +328,13 @@ int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int 
 
 // ---- The graph: forward ------------------------------------------------------------------------
 
-static uint32_t threshold_of(float p) { return (uint32_t)(p * 65536 + 0.5f); }
+// The bound below which a random number of so many values drops with probability p.
+static uint32_t threshold_of(float p, int values) { return (uint32_t)(p * (float)values + 0.5f); }
 
 // Dropout after conv l for a pass that starts at window `first` of the step's batch.
 static Dropout dropout_of(const Model *m, int l, bool train, uint64_t first) {
-    uint32_t threshold = train ? threshold_of(m->training.dropout) : 0;
-    return (Dropout){.threshold = threshold, .scale = 65536.0f / (float)(65536 - threshold),
+    uint32_t threshold = train ? threshold_of(m->training.dropout, 256) : 0;
+    return (Dropout){.threshold = threshold, .scale = 256.0f / (float)(256 - threshold),
                      .seed = m->training.seed, .purpose = RNG_DROPOUT + (uint32_t)l,
                      .first = first * (uint64_t)m->T, .state = m->state};
 }
@@ -378,7 +380,7 @@ void model_forward(Model *m, bool train, uint64_t first) {
     be->norm_forward(m->h, m->x[m->U], P + m->norm_out.gain, P + m->norm_out.bias, N, C);
     if (c->tie) {
         // logits[v] = sum_c E[v,c] h[c]: the embedding read backwards
-        be->conv_backward_input(m->logits, NULL, m->h, P + m->embedding, NULL, none,
+        be->conv_backward_input(m->logits, NULL, NULL, m->h, P + m->embedding, 1,
                                 linear_shape(m, V, C), false, m->work);
     } else {
         be->conv_forward(NULL, m->z, m->h, P + m->proj, P + m->proj_bias, NULL, none,
@@ -399,13 +401,18 @@ static void weight_backward(const Model *m, size_t weight, size_t bias, const ac
     m->backend->conv_backward_weight(&job, 1, s, m->work);
 }
 
+// Where the gradient of the residual stream goes on: through the activation of its last conv, whose
+// dpre takes the place of pre. NULL: below the first unit there is none.
+static act *top_pre(const Model *m, int u) {
+    return u < 0 ? NULL : m->convs[m->units[u].first + m->units[u].count - 1].pre;
+}
+
 // Through head, projection and the last norm. dlogits stand in m->logits; the gradient of the
 // residual stream takes the place of x[U], which nothing needs any more.
-static void head_backward(Model *m) {
+static void head_backward(Model *m, float scale) {
     const Backend *be = m->backend;
     const real *P = m->params;
     real *G = m->grads;
-    const Dropout none = {0};
     size_t N = (size_t)m->B * m->T;
     int C = m->config.channels, D = m->config.latent;
     act *dh;
@@ -413,88 +420,92 @@ static void head_backward(Model *m) {
         // forward:  logits[v] = sum_c E[v,c] h[c]
         dh = m->z;
         weight_backward(m, m->embedding, NO_BIAS, m->logits, m->h, linear_shape(m, V, C));
-        be->conv_forward(NULL, dh, m->logits, P + m->embedding, NULL, NULL, none,
+        be->conv_forward(NULL, dh, m->logits, P + m->embedding, NULL, NULL, (Dropout){0},
                          linear_shape(m, V, C), m->work);
     } else {
         // forward:  z = h proj + b;  logits = z head + b       (dz replaces z, dh replaces h)
         act *dz = m->z;
         weight_backward(m, m->head, m->head_bias, m->z, m->logits, linear_shape(m, D, V));
-        be->conv_backward_input(dz, NULL, m->logits, P + m->head, NULL, none,
-                                linear_shape(m, D, V), false, m->work);
+        be->conv_backward_input(dz, NULL, NULL, m->logits, P + m->head, 1, linear_shape(m, D, V),
+                                false, m->work);
         dh = m->h;
         weight_backward(m, m->proj, m->proj_bias, m->h, dz, linear_shape(m, C, D));
-        be->conv_backward_input(dh, NULL, dz, P + m->proj, NULL, none, linear_shape(m, C, D),
-                                false, m->work);
+        be->conv_backward_input(dh, NULL, NULL, dz, P + m->proj, 1, linear_shape(m, C, D), false,
+                                m->work);
     }
     act *x = m->x[m->U];
-    be->norm_backward(x, G + m->norm_out.gain, G + m->norm_out.bias, dh, x, P + m->norm_out.gain,
-                      N, C, false, m->work);
+    be->norm_backward(x, G + m->norm_out.gain, G + m->norm_out.bias, NULL, top_pre(m, m->U - 1), dh,
+                      x, P + m->norm_out.gain, P + m->norm_out.bias, scale, N, C, false, m->work);
 }
 
-// Weight gradients that wait to be made together.
+// Weight gradients that wait to be made together, all of convs.
 typedef struct {
     WeightJob jobs[MAX_WEIGHT_JOBS];
     int n;
 } WeightJobs;
 
-static void add_job(const Model *m, WeightJobs *w, const Conv *v, const act *x) {
-    w->jobs[w->n++] = (WeightJob){m->grads + v->weight, m->grads + v->bias, x, v->pre, v->dil};
-}
-
-static void run_jobs(const Model *m, WeightJobs *w, const Conv *v) {
-    m->backend->conv_backward_weight(w->jobs, w->n, conv_shape(m, (int)(v - m->convs)), m->work);
+static void run_jobs(const Model *m, WeightJobs *w) {
+    if (w->n) m->backend->conv_backward_weight(w->jobs, w->n, conv_shape(m, 0), m->work);
     w->n = 0;
 }
 
-// forward:  x[u+1] = x[u] + convs(x[u])     dx holds dx[u+1] and becomes dx[u].
-// Each layer's dpre takes the place of its pre. What a layer had read is made again from the pre
-// before it (cheaper than having kept it) and waits in m->h or m->z for the weight gradients.
-static void unit_backward(Model *m, int u, act *dx, uint64_t first) {
-    const Backend *be = m->backend;
-    const real *P = m->params;
-    real *G = m->grads;
-    size_t N = (size_t)m->B * m->T;
-    int C = m->config.channels, top = m->units[u].first + m->units[u].count - 1;
-    WeightJobs waiting = {.n = 0};
-
-    act *dpre = m->convs[top].pre;
-    be->act_backward(dpre, dx, dpre, dropout_of(m, top, true, first), conv_shape(m, top));
-    for (int l = top; l > m->units[u].first; l--) {
-        const Conv *v = &m->convs[l];
-        act *below = m->convs[l - 1].pre;
-        if (waiting.n == 2) run_jobs(m, &waiting, v);  // frees h and z
-        act *read = waiting.n ? m->z : m->h;
-        be->conv_backward_input(below, read, dpre, P + v->weight, below,
-                                dropout_of(m, l - 1, true, first), conv_shape(m, l), false,
-                                m->work);
-        add_job(m, &waiting, v, read);
-        dpre = below;
-    }
-    int l = m->units[u].first;
-    const Conv *v = &m->convs[l];
-    const Dropout none = {0};
-    if (m->config.form == BLOCK_PRENORM) {
-        // forward:  x[u+1] = x[u] + conv(norm(x[u]))
-        be->conv_backward_input(m->z, NULL, dpre, P + v->weight, NULL, none, conv_shape(m, l),
-                                false, m->work);
-        be->norm_forward(m->h, m->x[u], P + v->norm.gain, P + v->norm.bias, N, C);
-        be->norm_backward(dx, G + v->norm.gain, G + v->norm.bias, m->z, m->x[u], P + v->norm.gain,
-                          N, C, true, m->work);
-        add_job(m, &waiting, v, m->h);
-    } else {
-        be->conv_backward_input(dx, NULL, dpre, P + v->weight, NULL, none, conv_shape(m, l), true,
-                                m->work);
-        add_job(m, &waiting, v, m->x[u]);
-    }
-    run_jobs(m, &waiting, v);
+// Of conv v, which has read x and whose dpre stands in v->pre.
+static void add_job(const Model *m, WeightJobs *w, const Conv *v, const act *x) {
+    w->jobs[w->n++] = (WeightJob){m->grads + v->weight, m->grads + v->bias, x, v->pre, v->dil};
+    if (w->n == MAX_WEIGHT_JOBS) run_jobs(m, w);
 }
 
-void model_backward(Model *m, uint64_t first) {
+// forward:  x[u+1] = x[u] + convs(x[u])     dx holds dx[u+1] and becomes dx[u].
+// The last conv's pre holds its dpre already; every other's dpre takes the place of its pre here,
+// the one of the unit below included. What a conv had read is made again from the pre before it
+// (cheaper than having kept it) and waits in m->h or m->z for the weight gradients.
+static void paper_unit_backward(Model *m, int u, act *dx, float scale, WeightJobs *waiting) {
+    const Backend *be = m->backend;
+    const real *P = m->params;
+    int first = m->units[u].first, l = first + m->units[u].count - 1;
+    act *free_arrays[2] = {m->h, m->z};
+    int taken = 0;
+
+    for (; l > first; l--) {
+        const Conv *v = &m->convs[l];
+        if (taken == 2) run_jobs(m, waiting), taken = 0;  // gives h and z back
+        act *read = free_arrays[taken++];
+        be->conv_backward_input(NULL, m->convs[l - 1].pre, read, v->pre, P + v->weight, scale,
+                                conv_shape(m, l), false, m->work);
+        add_job(m, waiting, v, read);
+    }
+    const Conv *v = &m->convs[first];
+    be->conv_backward_input(dx, top_pre(m, u - 1), NULL, v->pre, P + v->weight, scale,
+                            conv_shape(m, first), true, m->work);
+    add_job(m, waiting, v, m->x[u]);
+    run_jobs(m, waiting);
+}
+
+// forward:  x[u+1] = x[u] + conv(norm(x[u]))          the same, with one conv to a unit
+// What the conv had read takes the place of x[u], so these weight gradients can wait for others.
+static void prenorm_unit_backward(Model *m, int u, act *dx, float scale, WeightJobs *waiting) {
+    const Backend *be = m->backend;
+    const real *P = m->params;
+    const Conv *v = &m->convs[u];
+    be->conv_backward_input(m->z, NULL, NULL, v->pre, P + v->weight, 1, conv_shape(m, u), false,
+                            m->work);
+    be->norm_backward(dx, m->grads + v->norm.gain, m->grads + v->norm.bias, m->x[u],
+                      top_pre(m, u - 1), m->z, m->x[u], P + v->norm.gain, P + v->norm.bias, scale,
+                      (size_t)m->B * m->T, m->config.channels, true, m->work);
+    add_job(m, waiting, v, m->x[u]);
+}
+
+void model_backward(Model *m) {
     const real *P = m->params;
     real *G = m->grads;
-    head_backward(m);
+    const float scale = dropout_of(m, 0, true, 0).scale;
+    bool prenorm = m->config.form == BLOCK_PRENORM;
+    WeightJobs waiting = {.n = 0};
+    head_backward(m, scale);
     act *dx = m->x[m->U];
-    for (int u = m->U - 1; u >= 0; u--) unit_backward(m, u, dx, first);
+    for (int u = m->U - 1; u >= 0; u--)
+        (prenorm ? prenorm_unit_backward : paper_unit_backward)(m, u, dx, scale, &waiting);
+    run_jobs(m, &waiting);
     m->backend->embed_backward(G + m->embedding, G + m->norm_in.gain, G + m->norm_in.bias, dx,
                                m->ids, P + m->embedding, P + m->norm_in.gain,
                                (size_t)m->B * m->T, m->config.channels, m->work);
@@ -513,11 +524,11 @@ static void step_body(void *arg) {
     for (int p = 0; p < t->passes; p++) {
         uint64_t first = (uint64_t)p * (uint64_t)m->B;
         be->draw_batch(m->ids, m->targets, m->corpus, m->state, t->seed,
-                       threshold_of(t->byte_dropout), first, m->B, m->T);
+                       threshold_of(t->byte_dropout, 65536), first, m->B, m->T);
         model_forward(m, true, first);
         be->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, scale, N);
         be->add_losses(m->state, m->losses, N, m->work);
-        model_backward(m, first);
+        model_backward(m);
     }
     be->optimize(m->params, m->grads, m->m, m->v, m->ema, m->n_params, m->n_decay, m->state,
                  1 / ((double)t->passes * (double)N), t->hyper, m->work);
@@ -668,17 +679,24 @@ static void norm_row_backward(real *dx, real *dgain, real *dbias, const real *do
     }
 }
 
-static void cpu_norm_backward(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
-                              const real *gain, size_t N, int C, bool accumulate, void *work) {
+static void act_row_backward(real *pre, real *a, const real *dout, real scale, int n);
+
+static void cpu_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
+                              const act *dout, const act *x, const real *gain, const real *bias,
+                              float scale, size_t N, int C, bool accumulate, void *work) {
     size_t blocks = blocks_of(N), stride = 2 * (size_t)C;
     real *part = work;  // (blocks, 2, C): gain, bias
 #pragma omp parallel for schedule(static)
     for (size_t blk = 0; blk < blocks; blk++) {
         real *pg = part + blk * stride, *pb = pg + C;
         memset(pg, 0, stride * sizeof *pg);
-        for (size_t n = blk * ROW_BLOCK; n < N && n < (blk + 1) * ROW_BLOCK; n++)
-            norm_row_backward((real *)dx + n * C, pg, pb, (const real *)dout + n * C,
-                              (const real *)x + n * C, gain, C, accumulate);
+        for (size_t n = blk * ROW_BLOCK; n < N && n < (blk + 1) * ROW_BLOCK; n++) {
+            const real *x_n = (const real *)x + n * C;
+            real *dx_n = (real *)dx + n * C;
+            norm_row_backward(dx_n, pg, pb, (const real *)dout + n * C, x_n, gain, C, accumulate);
+            if (again) norm_row((real *)again + n * C, x_n, gain, bias, C);
+            if (pre) act_row_backward((real *)pre + n * C, NULL, dx_n, scale, C);
+        }
     }
     add_partials(dgain, part, blocks, stride, C);
     add_partials(dbias, part + C, blocks, stride, C);
@@ -725,73 +743,41 @@ static void cpu_embed_backward(real *dtable, real *dgain, real *dbias, const act
 
 // ---- GELU and dropout
 
-enum { FACTORS = 256, CALLS = 16 };  // elements at a time; Philox calls side by side in vectors
+enum { PIECE = 256, CALLS = 16 };  // values at a time; Philox calls side by side in vectors
 
-// factor[0..n-1] of the dropout elements i0 .. i0+n-1: 0 where dropped, else scale. n <= FACTORS.
-static void dropout_row(const Dropout *d, uint64_t i0, int n, real *factor) {
-    uint16_t draws[FACTORS + 8 * CALLS];  // element 8*(i0/8) + j has draws[j]
-    uint64_t group = i0 / 8;
+// Stores DROPPED where dropout takes a value of pre, channels 0..O-1 of row `row` of the batch.
+static void drop_row(real *pre, const Dropout *d, uint64_t row, int O) {
     uint32_t step = d->state->step;
-    int skip = (int)(i0 % 8);
-    for (int at = 0; at < skip + n; at += 8 * CALLS, group += CALLS) {
-        uint32_t words[4][CALLS];
+    for (int o0 = 0; o0 < O; o0 += 8 * CALLS) {
+        uint32_t words[2][CALLS], draws[8 * CALLS];
         for (int i = 0; i < CALLS; i++) {
-            uint64_t g = group + (uint64_t)i;
-            Philox r = philox(d->seed, (uint32_t)g, (uint32_t)(g >> 32), step, d->purpose);
-            for (int w = 0; w < 4; w++) words[w][i] = r.v[w];
+            Philox r = dropout_draw(d->seed, d->purpose, step, row, o0 + 8 * i, O);
+            for (int w = 0; w < 2; w++) words[w][i] = dropout_bits(r, row, w);
         }
         for (int i = 0; i < CALLS; i++)
-            for (int w = 0; w < 4; w++) {
-                draws[at + 8 * i + 2 * w] = (uint16_t)words[w][i];
-                draws[at + 8 * i + 2 * w + 1] = (uint16_t)(words[w][i] >> 16);
-            }
-    }
-    for (int j = 0; j < n; j++) factor[j] = draws[skip + j] < d->threshold ? 0 : (real)d->scale;
-}
-
-// out = res + dropout(gelu(pre)) for elements i0.. of the layer; out may be pre or res.
-static void act_row(real *out, const real *pre, const real *res, const Dropout *d, uint64_t i0,
-                    int n) {
-    real a[FACTORS], factor[FACTORS];
-    for (int j0 = 0; j0 < n; j0 += FACTORS) {
-        int m = n - j0 < FACTORS ? n - j0 : FACTORS;
-        for (int j = 0; j < m; j++) a[j] = gelu(pre[j0 + j]);
-        if (d->threshold) {
-            dropout_row(d, i0 + (uint64_t)j0, m, factor);
-            for (int j = 0; j < m; j++) a[j] *= factor[j];
-        }
-        for (int j = 0; j < m; j++) out[j0 + j] = res ? res[j0 + j] + a[j] : a[j];
+            for (int j = 0; j < 8; j++) draws[8 * i + j] = words[j / 4][i] >> 8 * (j % 4) & 0xFF;
+        int n = O - o0 < 8 * CALLS ? O - o0 : 8 * CALLS;
+        for (int j = 0; j < n; j++) pre[o0 + j] = draws[j] < d->threshold ? DROPPED : pre[o0 + j];
     }
 }
 
-void gelu_row(real *out, const real *pre, const real *res, int n) {
-    const Dropout none = {0};
-    act_row(out, pre, res, &none, 0, n);
-}
-
-// forward:  a = factor * gelu(pre)          dpre = dout * factor * gelu'(pre), a again if wanted
-static void act_row_backward(real *dpre, real *a, const real *dout, const real *pre,
-                             const Dropout *d, uint64_t i0, int n) {
-    real factor[FACTORS], p[FACTORS];
-    for (int j0 = 0; j0 < n; j0 += FACTORS) {
-        int m = n - j0 < FACTORS ? n - j0 : FACTORS;
-        if (d->threshold) dropout_row(d, i0 + (uint64_t)j0, m, factor);
-        for (int j = 0; j < m; j++) {
-            p[j] = pre[j0 + j];  // dpre may be pre
-            if (!d->threshold) factor[j] = 1;
-        }
-        for (int j = 0; j < m; j++) dpre[j0 + j] = dout[j0 + j] * (factor[j] * gelu_grad(p[j]));
-        for (int j = 0; j < m && a; j++) a[j0 + j] = factor[j] * gelu(p[j]);
+// out = res + scale * gelu(pre), n values; out may be pre or res. (0 + -0 is 0: no -0 comes out.)
+static void act_row(real *out, const real *pre, const real *res, real scale, int n) {
+    real a[PIECE];
+    for (int j0 = 0; j0 < n; j0 += PIECE) {
+        int m = n - j0 < PIECE ? n - j0 : PIECE;
+        for (int j = 0; j < m; j++) a[j] = scale * gelu(pre[j0 + j]);
+        for (int j = 0; j < m; j++) out[j0 + j] = (res ? res[j0 + j] : 0) + a[j];
     }
 }
 
-static void cpu_act_backward(act *dpre, const act *dout, const act *pre, Dropout drop,
-                             ConvShape s) {
-    size_t N = (size_t)s.B * s.T, O = (size_t)s.O;
-#pragma omp parallel for schedule(static)
-    for (size_t n = 0; n < N; n++)
-        act_row_backward((real *)dpre + n * O, NULL, (const real *)dout + n * O,
-                         (const real *)pre + n * O, &drop, (drop.first + n) * O, s.O);
+void gelu_row(real *out, const real *pre, const real *res, int n) { act_row(out, pre, res, 1, n); }
+
+// forward:  a = scale * gelu(pre)          dpre = dout * scale * gelu'(pre), in the place of pre
+// a once more where it is not NULL.
+static void act_row_backward(real *pre, real *a, const real *dout, real scale, int n) {
+    for (int j = 0; j < n && a; j++) a[j] = scale * gelu(pre[j]);
+    for (int j = 0; j < n; j++) pre[j] = dout[j] * (scale * gelu_grad(pre[j]));
 }
 
 // ---- Loss
@@ -957,7 +943,8 @@ void conv_rows(real *const *out, const real *const *rows, int n, const real *w, 
     for (int j = 0; j < n; j++)
         for (int o = 0; o < O; o++) out[j][o] = b ? b[o] : 0;
     int o0 = 0;
-    for (; n == 1 && O - o0 >= WIDE; o0 += WIDE) wide_row(out[0] + o0, rows, w + o0, (size_t)O, K, C);
+    for (; n == 1 && O - o0 >= WIDE; o0 += WIDE) wide_row(
+            out[0] + o0, rows, w + o0, (size_t)O, K, C);
     for (; O - o0 >= COLS; o0 += COLS)
         for (int j0 = 0; j0 < n; j0 += ROWS) {
             const real *from[ROWS * MAX_TAPS];
@@ -968,13 +955,15 @@ void conv_rows(real *const *out, const real *const *rows, int n, const real *w, 
                 for (int k = 0; k < K; k++) from[k * ROWS + r] = rows[k * n + j];
             }
             tile(y, from, 1, w + o0, (size_t)O, K, C);
-            for (int r = 0; r < ROWS && j0 + r < n; r++) memcpy(out[j0 + r] + o0, y[r], sizeof y[r]);
+            for (int r = 0; r < ROWS && j0 + r < n; r++)
+                memcpy(out[j0 + r] + o0, y[r], sizeof y[r]);
         }
     for (int j = 0; j < n; j++)  // columns that fill no tile: the same chains
         for (int k = 0; k < K; k++)
             for (int c = 0; c < C; c++)
                 for (int o = o0; o < O; o++)
-                    out[j][o] = muladd(rows[k * n + j][c], w[((size_t)k * C + c) * O + o], out[j][o]);
+                    out[j][o] = muladd(rows[k * n + j][c], w[((size_t)k * C + c) * O + o],
+                                       out[j][o]);
 }
 
 // What lies before and after the text: a row of zeros, as wide as config_check allows.
@@ -1049,9 +1038,11 @@ static void cpu_conv_forward(act *out, act *pre, const act *x, const real *w, co
         real *p = (real *)pre + n0 * O;
         int n = N - n0 < CHUNK ? (int)(N - n0) : CHUNK;
         conv_chunk(p, x, b, panels, n0, N, s.T, s.K, s.C, s.O, -s.dil);
+        for (int i = 0; i < n && out && drop.threshold; i++)
+            drop_row(p + (size_t)i * O, &drop, drop.first + n0 + (uint64_t)i, s.O);
         if (out)
-            act_row((real *)out + n0 * O, p, res ? (const real *)res + n0 * O : NULL, &drop,
-                    (drop.first + n0) * O, n * s.O);
+            act_row((real *)out + n0 * O, p, res ? (const real *)res + n0 * O : NULL,
+                    drop.threshold ? drop.scale : 1, n * s.O);
     }
 }
 
@@ -1073,21 +1064,21 @@ static int thread_count(void) {
 
 // forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c]       so  dx[s,c] += w[k,c,o] dy[s + k*dil, o]:
 // a conv that looks ahead, with every tap's matrix transposed.
-static void cpu_conv_backward_input(act *dx, act *a, const act *dy, const real *w, const act *pre,
-                                    Dropout drop, ConvShape s, bool accumulate, void *work) {
+static void cpu_conv_backward_input(act *dx, act *pre, act *a, const act *dy, const real *w,
+                                    float scale, ConvShape s, bool accumulate, void *work) {
     size_t N = (size_t)s.B * s.T, C = (size_t)s.C;
     real *panels = work, *scratch = panels + panels_size(s.K, s.O, s.C);
     pack(panels, w, s.K, s.O, s.C, 1, (size_t)s.O);
 #pragma omp parallel for schedule(dynamic)
     for (size_t n0 = 0; n0 < N; n0 += CHUNK) {
-        real *g = scratch + (size_t)thread_number() * CHUNK * C, *d = (real *)dx + n0 * C;
-        int n = N - n0 < CHUNK ? (int)(N - n0) : CHUNK;
+        real *g = scratch + (size_t)thread_number() * CHUNK * C;
+        real *d = dx ? (real *)dx + n0 * C : NULL;
+        size_t n = (N - n0 < CHUNK ? N - n0 : CHUNK) * C;
         conv_chunk(g, dy, NULL, panels, n0, N, s.T, s.K, s.O, s.C, +s.dil);
+        for (size_t i = 0; i < n && accumulate; i++) g[i] += d[i];
+        if (d) memcpy(d, g, n * sizeof *d);
         if (pre)
-            act_row_backward(d, a ? (real *)a + n0 * C : NULL, g, (const real *)pre + n0 * C, &drop,
-                             (drop.first + n0) * C, n * s.C);
-        else
-            for (size_t i = 0; i < (size_t)n * C; i++) d[i] = accumulate ? d[i] + g[i] : g[i];
+            act_row_backward((real *)pre + n0 * C, a ? (real *)a + n0 * C : NULL, g, scale, (int)n);
     }
 }
 
@@ -1152,8 +1143,12 @@ static size_t cpu_available(void) {
 }
 static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 static void cpu_copy(void *dst, const void *src, size_t bytes) { memcpy(dst, src, bytes); }
-static void cpu_write_acts(act *dst, const real *src, size_t n) { memcpy(dst, src, n * sizeof(real)); }
-static void cpu_read_acts(real *dst, const act *src, size_t n) { memcpy(dst, src, n * sizeof(real)); }
+static void cpu_write_acts(act *dst, const real *src, size_t n) {
+    memcpy(dst, src, n * sizeof *src);
+}
+static void cpu_read_acts(real *dst, const act *src, size_t n) {
+    memcpy(dst, src, n * sizeof *dst);
+}
 static const char *cpu_error(void) { return NULL; }
 
 static size_t cpu_work_bytes(size_t N, int K, int width, size_t n) {
@@ -1187,7 +1182,6 @@ const Backend cpu_backend = {
     .conv_forward = cpu_conv_forward,
     .conv_backward_input = cpu_conv_backward_input,
     .conv_backward_weight = cpu_conv_backward_weight,
-    .act_backward = cpu_act_backward,
     .cross_entropy = cpu_cross_entropy,
     .add_losses = cpu_add_losses,
     .draw_batch = cpu_draw_batch,

@@ -65,12 +65,14 @@ typedef struct {
     uint32_t v[4];
 } Philox;
 
-// Philox4x32-10, a counter-based generator: the same (key, counter) gives the same 128 random
-// bits in any order on any machine. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// SC'11. Every random number of the project comes from here.
-SHARED_FN Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+// Philox4x32, a counter-based generator: the same (key, counter) gives the same 128 random bits in
+// any order on any machine. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11.
+// Every random number of the project comes from here. Seven rounds are the fewest that pass all of
+// BigCrush (the same paper); ten, the usual margin, are taken wherever they cost nothing.
+SHARED_FN Philox philox_rounds(int rounds, uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
+                               uint32_t c3) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < rounds; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
         c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
         c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
@@ -81,6 +83,9 @@ SHARED_FN Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uin
     }
     Philox r = {{c0, c1, c2, c3}};
     return r;
+}
+SHARED_FN Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    return philox_rounds(10, key, c0, c1, c2, c3);
 }
 
 // What a random number is for: the last counter word, so that no two purposes share a stream.
@@ -131,11 +136,14 @@ typedef struct {
     StepFigures ring[RING];  // of step s at s % RING
 } StepState;
 
-// Dropout of one layer. Element i = (first + n)*O + o is dropped where its 16 random bits are
-// below `threshold`; what stays is multiplied by `scale` so that the expectation stays.
+// Dropout of one layer. A value is dropped where its 8 random bits are below `threshold`; what
+// stays is multiplied by `scale`, so that the expectation stays. A dropped value leaves no mask
+// behind: its pre-activation is stored as DROPPED, where GELU and its slope are zero, and backward
+// needs nothing but `scale`.
+#define DROPPED (-16384.0f)  // exact in bf16
 typedef struct {
     uint32_t threshold;      // 0 = no dropout
-    float scale;             // 65536 / (65536 - threshold)
+    float scale;             // 256 / (256 - threshold)
     uint64_t seed;
     uint32_t purpose;        // RNG_DROPOUT + layer
     uint64_t first;          // row of the step's batch at which this pass starts
@@ -185,6 +193,22 @@ SHARED_FN real exp_real(real x) {
     return (real)(p * low * high);
 }
 
+// One draw decides about 8 neighbouring channels of two rows that lie 8 apart, as the matrix
+// instructions of a GPU leave them in a thread: channels o/8*8.. of row `first + n`, in the lower
+// half of the bits, and of the row 8 further on, in the upper half. O: channels of a row.
+SHARED_FN Philox dropout_draw(uint64_t seed, uint32_t purpose, uint32_t step, uint64_t row, int o,
+                              int O) {
+    uint64_t i = (row / 16 * 8 + row % 8) * (uint64_t)((O + 7) / 8) + (uint64_t)(o / 8);
+    return philox_rounds(7, seed, (uint32_t)i, (uint32_t)(i >> 32), step, purpose);
+}
+// Eight 8-bit numbers of a draw, for the channels o/8*8.. of this row: four to a word.
+SHARED_FN uint32_t dropout_bits(Philox r, uint64_t row, int word) {
+    return row / 8 % 2 ? r.v[2 + word] : r.v[word];
+}
+SHARED_FN bool is_dropped(Philox r, uint32_t threshold, uint64_t row, int o) {
+    return (dropout_bits(r, row, o % 8 / 4) >> 8 * (o % 4) & 0xFFu) < threshold;
+}
+
 // GELU in its tanh form (Hendrycks and Gimpel, arXiv:1606.08415):
 //   gelu(x) = x/2 (1 + tanh(u)) = x * sigmoid(2u),   u = sqrt(2/pi) (x + 0.044715 x^3)
 #define GELU_A ((real)1.5957691216057308)  // 2 sqrt(2/pi)
@@ -192,13 +216,14 @@ SHARED_FN real exp_real(real x) {
 SHARED_FN real gelu(real x) { return x / (1 + exp_real(-GELU_A * (x + GELU_B * x * x * x))); }
 
 // forward:  gelu(x) = x * s,  s = sigmoid(2u)         ds/dx = s (1-s) d(2u)/dx
-// s(1-s) = s*s*exp(-2u) does not cancel. Beyond |x| = 10 the slope is 0 or 1 to within 1e-35, and
-// the clamp keeps the exponential finite.
+// s(1-s) = s*s*exp(-2u) does not cancel. Beyond |x| = 10 the slope is 0 or 1 to within 1e-35; the
+// clamps keep the exponential finite, and below it is 0, which is what DROPPED stands for.
 SHARED_FN real gelu_grad(real x) {
+    const real low = x < -10 ? 0 : 1;
     x = x < -10 ? -10 : x;
     x = x > 10 ? 10 : x;
     const real e = exp_real(-GELU_A * (x + GELU_B * x * x * x)), s = 1 / (1 + e);
-    return s + x * s * (s * e) * (GELU_A * (1 + 3 * GELU_B * x * x));
+    return low * (s + x * s * (s * e) * (GELU_A * (1 + 3 * GELU_B * x * x)));
 }
 
 SHARED_FN real real_tanh(real x) {
@@ -308,32 +333,39 @@ typedef struct Backend {
     void (*embed_backward)(real *dtable, real *dgain, real *dbias, const act *dx, const int *ids,
                            const real *table, const real *gain, size_t N, int C, void *work);
 
-    // -- LayerNorm over the last axis. out, x, dout, dx (N,C). dx may be x itself.
+    // -- LayerNorm over the last axis. All activations (N,C).
     void (*norm_forward)(act *out, const act *x, const real *gain, const real *bias, size_t N,
                          int C);
-    void (*norm_backward)(act *dx, real *dgain, real *dbias, const act *dout, const act *x,
-                          const real *gain, size_t N, int C, bool accumulate, void *work);
+    // dx = the gradient of x, or dx += it where `accumulate`. Two things more that the same pass
+    // over the rows can do, each NULL where not wanted:
+    //   again = what forward gave (the conv that read it wants it for its weights)
+    //   pre = dx * scale * gelu'(pre): on through the activation that x was the sum of; scale is
+    //         that layer's Dropout.scale
+    // One of dx and again may be x.
+    void (*norm_backward)(act *dx, real *dgain, real *dbias, act *again, act *pre, const act *dout,
+                          const act *x, const real *gain, const real *bias, float scale, size_t N,
+                          int C, bool accumulate, void *work);
 
     // -- causal dilated convolution with what follows it. w (K,C,O), tap k looks k*dil back:
     //      pre[t,o] = b[o] + sum_k sum_c w[k,c,o] x[t - k*dil, c]      (B,T,O), 0 where t-k*dil < 0
     //      out      = res + dropout(gelu(pre))                        (B,T,O)
+    //    pre is stored as DROPPED where dropout has taken the value.
     //    out NULL: a plain linear map into pre. res NULL: no residual. b NULL: no bias.
     //    out may be res.
     void (*conv_forward)(act *out, act *pre, const act *x, const real *w, const real *b,
                          const act *res, Dropout drop, ConvShape s, void *work);
-    // The mirror image, looking ahead:
-    //      g[t,c] = sum_k sum_o w[k,c,o] dy[t + k*dil, o]              (B,T,C), 0 where t+k*dil >= T
-    //    and, where pre (B,T,C) of the layer before is given, on through that layer's activation:
-    //      dx = g * dropout * gelu'(pre),   a = dropout(gelu(pre))     (dx may be pre)
-    //    pre NULL: dx = g, or dx += g where `accumulate`; a is then not written.
-    void (*conv_backward_input)(act *dx, act *a, const act *dy, const real *w, const act *pre,
-                                Dropout drop, ConvShape s, bool accumulate, void *work);
+    // The mirror image, looking ahead, and on through the activation of the layer before:
+    //      g[t,c] = sum_k sum_o w[k,c,o] dy[t + k*dil, o]           (B,T,C), 0 where t+k*dil >= T
+    //      dx     = g, or dx + g where `accumulate`
+    //      a      = scale * gelu(pre)         what this layer had read, for its weight gradient
+    //      pre    = dx * scale * gelu'(pre)   scale: the Dropout.scale with which pre was stored
+    //    pre, a, or dx without `accumulate`: NULL where not wanted; a needs pre.
+    void (*conv_backward_input)(act *dx, act *pre, act *a, const act *dy, const real *w,
+                                float scale, ConvShape s, bool accumulate, void *work);
     //      dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o],  db[o] += sum_t dy[t,o]     (db may be NULL)
-    //    for each of n layers (1 to MAX_WEIGHT_JOBS) that share a shape but for dil, which stands in
-    //    the job: together they fill a GPU better than one after the other.
+    //    for each of n layers (1 to MAX_WEIGHT_JOBS) that share a shape but for dil, which stands
+    //    in the job: together they fill a GPU better than one after the other.
     void (*conv_backward_weight)(const WeightJob *jobs, int n, ConvShape s, void *work);
-    // The activation alone: dpre = dout * dropout * gelu'(pre), all (B,T,O); dpre may be pre.
-    void (*act_backward)(act *dpre, const act *dout, const act *pre, Dropout drop, ConvShape s);
 
     // -- loss. l = softcap(logits) (cap 0 = none); losses[n] = -log softmax(l)[targets[n]] in nats,
     //    0 where targets[n] < 0 (not scored). scale != 0: logits are overwritten by their own
@@ -430,6 +462,7 @@ typedef struct {
     float dropout, byte_dropout;
     uint64_t seed;
     int passes;  // a step's batch is passes * B windows, taken B at a time
+    bool at_once;  // even where the backend would rather halve B: faster, and twice the memory
     Hyper hyper;
 } Training;
 
@@ -475,7 +508,8 @@ typedef struct {
 } Model;
 
 // Plans and allocates; the Model must then stay where it is. B windows of T bytes are held at a
-// time; `training` NULL plans for inference only (no gradients, no optimizer, three activation arrays instead of two per layer).
+// time; `training` NULL plans for inference only (no gradients, no optimizer, three arrays of
+// activations instead of two per layer).
 // Parameters are zero until model_init_params or a checkpoint fills them. On failure nothing is
 // left allocated. model_free takes a model in any state after model_open, also a zeroed one.
 int model_open(Model *m, const Backend *backend, const Config *config, int B, int T,
@@ -496,8 +530,8 @@ int model_init_params(Model *m, uint64_t seed, Error *e);
 void model_read(const Model *m, real *host, const real *role);
 void model_write(Model *m, real *role, const real *host);
 
-// Gives the model its training text, once: `parts` texts of length[i] bytes, back to back in `text`.
-// A text shorter than T+1 bytes gives no window; -1 if none gives any.
+// Gives the model its training text, once: `parts` texts of length[i] bytes, back to back in
+// `text`. A text shorter than T+1 bytes gives no window; -1 if none gives any.
 int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int parts, Error *e);
 
 // One optimizer step: draws passes*B windows, forward, backward, clip, AdamW. Queued on a GPU;
@@ -519,7 +553,7 @@ int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *na
 // The parts of the above, for tests and for latents. model_forward reads m->ids; with
 // `train` it applies dropout of step state->step, for rows first.. of the step's batch.
 void model_forward(Model *m, bool train, uint64_t first);
-void model_backward(Model *m, uint64_t first);  // after cross_entropy has filled m->logits
+void model_backward(Model *m);  // after cross_entropy has filled m->logits
 act *model_latents(const Model *m);             // z (N,D) of the last model_forward
 
 // ---- Layers on single rows, for streaming ------------------------------------------------------

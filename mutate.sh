@@ -17,11 +17,11 @@ conv: no clamp after the text | model.c | bool inside = row < N && at >= 0 && at
 conv: clamp off by one | model.c | bool inside = row < N && at >= 0 && at < T; | bool inside = row < N && at > 0 && at < T;
 conv: rows of the batch run together | model.c | int64_t t = (int64_t)(row % (size_t)T); | int64_t t = (int64_t)row;
 conv forward: bias dropped | model.c | if (start) copy_row(first, start + j0, cols); | (void)start;
-conv forward: residual dropped | model.c | out[j0 + j] = res ? res[j0 + j] + a[j] : a[j]; | out[j0 + j] = a[j];
-conv forward: residual subtracted | model.c | out[j0 + j] = res ? res[j0 + j] + a[j] : a[j]; | out[j0 + j] = res ? res[j0 + j] - a[j] : a[j];
+conv forward: residual dropped | model.c | (res ? res[j0 + j] : 0) + a[j]; | a[j];
+conv forward: residual subtracted | model.c | (res ? res[j0 + j] : 0) + a[j]; | (res ? -res[j0 + j] : 0) + a[j];
 conv backward: weights not transposed | model.c | pack(panels, w, s.K, s.O, s.C, 1, (size_t)s.O); | pack(panels, w, s.K, s.O, s.C, (size_t)s.C, 1);
-conv backward: written, not accumulated | model.c | d[i] = accumulate ? d[i] + g[i] : g[i]; | d[i] = g[i];
-conv backward: accumulated, not written | model.c | d[i] = accumulate ? d[i] + g[i] : g[i]; | d[i] = d[i] + g[i];
+conv backward: written, not accumulated | model.c | g[i] += d[i]; | g[i] += 0;
+conv backward: accumulated, not written | model.c | i < n && accumulate; i++) | i < n && d; i++)
 conv weight gradient: taps reversed | model.c | int64_t reach = (int64_t)k * job->dil; | int64_t reach = (int64_t)(s->K - 1 - k) * job->dil;
 conv weight gradient: x not shifted | model.c | (size_t)(t0 - reach)) * s->C; | (size_t)t0) * s->C;
 conv weight gradient: first span only | model.c | for (int64_t t0 = reach; t0 < s->T; t0 += SPAN) { | for (int64_t t0 = reach; t0 < s->T && t0 < reach + SPAN; t0 += SPAN) {
@@ -31,27 +31,34 @@ conv bias gradient: once per tap | model.c | weight_block(&jobs[i], k == 0 && c0
 conv bias gradient: written, not accumulated | model.c | db[o0 + j] += panel[t][j]; | db[o0 + j] = panel[t][j];
 conv rows: a lone row's columns overlap | model.c | O - o0 >= WIDE; o0 += WIDE) wide_row | O - o0 >= WIDE; o0 += COLS) wide_row
 conv rows: one column too few | model.c | for (int o = o0; o < O; o++) | for (int o = o0 + 1; o < O; o++)
-activation backward: no dropout | model.c | dout[j0 + j] * (factor[j] * gelu_grad(p[j])); | dout[j0 + j] * gelu_grad(p[j]);
-activation backward: gelu for its slope | model.c | dout[j0 + j] * (factor[j] * gelu_grad(p[j])); | dout[j0 + j] * (factor[j] * gelu(p[j]));
-activation made again: no dropout | model.c | a[j0 + j] = factor[j] * gelu(p[j]); | a[j0 + j] = gelu(p[j]);
+activation backward: not scaled | model.c | dout[j] * (scale * gelu_grad(pre[j])); | dout[j] * gelu_grad(pre[j]);
+activation backward: gelu for its slope | model.c | dout[j] * (scale * gelu_grad(pre[j])); | dout[j] * (scale * gelu(pre[j]));
+activation made again: not scaled | model.c | a[j] = scale * gelu(pre[j]); | a[j] = gelu(pre[j]);
 gelu: a wrong constant | model.h | #define GELU_B ((real)0.044715) | #define GELU_B ((real)0.0447)
 gelu: a sign | model.h | return x / (1 + exp_real(-GELU_A | return x / (1 + exp_real(GELU_A
-gelu slope: factor 3 dropped | model.h | (GELU_A * (1 + 3 * GELU_B * x * x)); | (GELU_A * (1 + GELU_B * x * x));
+gelu slope: factor 3 dropped | model.h | (GELU_A * (1 + 3 * GELU_B * x * x))); | (GELU_A * (1 + GELU_B * x * x)));
 gelu slope: clamp dropped | model.h | x = x < -10 ? -10 : x; | (void)0;
+gelu slope: not 0 far below | model.h | const real low = x < -10 ? 0 : 1; | const real low = 1;
 exp: low half of ln 2 dropped | model.h | (v - n * 0.693359375f) + n * 2.12194440e-4f; | (v - n * 0.693359375f);
 exp: upper clamp dropped | model.h | v = v > 89.0f ? 89.0f : v; | (void)0;
 exp: lower clamp dropped | model.h | v = v < -104.0f ? -104.0f : v; | (void)0;
-dropout: the kept not scaled | model.c | < d->threshold ? 0 : (real)d->scale; | < d->threshold ? 0 : 1;
-dropout: keeps what it should drop | model.c | draws[skip + j] < d->threshold ? | draws[skip + j] >= d->threshold ?
-dropout: a lane used twice | model.c | draws[at + 8 * i + 2 * w] = (uint16_t)words[w][i]; | draws[at + 8 * i + 2 * w] = (uint16_t)(words[w][i] >> 16);
-dropout: starts at a multiple of eight | model.c | int skip = (int)(i0 % 8); | int skip = (int)(i0 % 1);
+dropout: the kept not scaled | model.c | drop.threshold ? drop.scale : 1, n * s.O); | 1, n * s.O);
+dropout: keeps what it should drop | model.c | draws[j] < d->threshold ? | draws[j] >= d->threshold ?
+dropout: a byte used twice | model.c | >> 8 * (j % 4) & 0xFF; | >> 8 * (j % 2) & 0xFF;
+dropout: the dropped stored as 0, whose slope is not | model.c | ? DROPPED : pre[o0 + j]; | ? 0 : pre[o0 + j];
+dropout: the dropped not stored | model.c | ? DROPPED : pre[o0 + j]; | ? pre[o0 + j] : pre[o0 + j];
+dropout: rows 8 apart share their bits | model.h | row / 8 % 2 ? r.v[2 + word] : r.v[word]; | r.v[word];
+dropout: rows 16 apart share their draws | model.h | (row / 16 * 8 + row % 8) | (row % 8)
+dropout: a row's last draw is the next row's first | model.h | (uint64_t)((O + 7) / 8) | (uint64_t)(O / 8)
+dropout: draws beyond 2^32 repeat | model.h | (uint32_t)i, (uint32_t)(i >> 32), step, purpose); | (uint32_t)i, 0, step, purpose);
+dropout: six rounds | model.h | philox_rounds(7, seed, | philox_rounds(6, seed,
+dropout: is_dropped takes one byte for four | model.h | >> 8 * (o % 4) & 0xFFu) | & 0xFFu)
 dropout: every step alike | model.c | uint32_t step = d->state->step; | uint32_t step = d->state->step * 0;
 dropout: every layer alike | model.c | .purpose = RNG_DROPOUT + (uint32_t)l, | .purpose = RNG_DROPOUT,
 dropout: every pass alike | model.c | .first = first * (uint64_t)m->T, .state | .first = first * 0, .state
-dropout: also when not training | model.c | train ? threshold_of(m->training.dropout) : 0; | train || 1 ? threshold_of(m->training.dropout) : 0;
-dropout: forward forgets the pass | model.c | (drop.first + n0) * O, n * s.O); | n0 * O, n * s.O);
-dropout: backward forgets the pass | model.c | (drop.first + n) * O, s.O); | n * O, s.O);
-dropout: backward takes the wrong layer's | model.c | dropout_of(m, l - 1, true, first) | dropout_of(m, l, true, first)
+dropout: also when not training | model.c | train ? threshold_of(m->training.dropout, 256) : 0; | train || 1 ? threshold_of(m->training.dropout, 256) : 0;
+dropout: forward forgets the pass | model.c | drop.first + n0 + (uint64_t)i, s.O); | n0 + (uint64_t)i, s.O);
+dropout: backward takes inference's scale | model.c | dropout_of(m, 0, true, 0).scale | dropout_of(m, 0, false, 0).scale
 norm: eps dropped | model.c | (1 / sqrt(squares / C + NORM_EPS)); | (1 / sqrt(squares / C));
 norm: eps outside the root | model.c | (1 / sqrt(squares / C + NORM_EPS)); | (1 / (sqrt(squares / C) + NORM_EPS));
 norm: variance over C-1 | model.c | (1 / sqrt(squares / C + NORM_EPS)); | (1 / sqrt(squares / (C - 1) + NORM_EPS));
@@ -62,6 +69,9 @@ norm backward: a sign | model.c | rstd * (g - g_mean - xhat * gx_mean); | rstd *
 norm backward: d gain of g | model.c | dgain[c] += dout[c] * xhat; | dgain[c] += g * xhat;
 norm backward: d bias of g | model.c | dbias[c] += dout[c]; | dbias[c] += g;
 norm backward: written, not accumulated | model.c | dx[c] = accumulate ? dx[c] + d : d; | dx[c] = d;
+norm backward: forward's output not written again | model.c | if (again) norm_row( | if (0) norm_row(
+norm backward: below not scaled | model.c | NULL, dx_n, scale, C); | NULL, dx_n, 1, C);
+norm backward: does not go on below | model.c | if (pre) act_row_backward((real *)pre + n * C, NULL, | if (0) act_row_backward((real *)pre + n * C, NULL,
 norm backward: first rows only | model.c | blk < blocks; blk++) sum[c] += part | blk < 1; blk++) sum[c] += part
 norm backward: parameters written, not accumulated | model.c | sum[c] += part[blk * stride + (size_t)c]; | sum[c] = part[blk * stride + (size_t)c];
 embedding: a dropped byte is 0, not the norm of 0 | model.c | memcpy(rows + (size_t)BYTE_DROPPED * C, bias, | memset(rows + (size_t)BYTE_DROPPED * C, 0,
@@ -78,8 +88,13 @@ cross-entropy backward: not scaled | model.c | l[v] = scale * slope[v] * | l[v] 
 cross-entropy backward: rows without target keep logits | model.c | if (!scored && scale != 0) memset | if (!scored && scale > 9) memset
 losses: the last one only | model.c | state->loss_sum += losses[n]; | state->loss_sum = losses[n];
 graph: unit without its residual | model.c | last ? m->x[u] : NULL, | NULL,
-graph: residual's gradient lost, prenorm | model.c | N, C, true, m->work); | N, C, false, m->work);
-graph: residual's gradient lost, paper | model.c | conv_shape(m, l), true, | conv_shape(m, l), false,
+graph: residual's gradient lost, prenorm | model.c | m->config.channels, true, m->work); | m->config.channels, false, m->work);
+graph: residual's gradient lost, paper | model.c | conv_shape(m, first), true, m->work); | conv_shape(m, first), false, m->work);
+graph: the unit below forgotten, prenorm | model.c | top_pre(m, u - 1), m->z, | NULL, m->z,
+graph: the unit below forgotten, paper | model.c | top_pre(m, u - 1), NULL, | NULL, NULL,
+graph: the last unit forgotten | model.c | NULL, top_pre(m, m->U - 1), dh, | NULL, NULL, dh,
+graph: weight gradients that wait are forgotten | model.c | run_jobs(m, &waiting); | (void)0;
+graph: what waiting weight gradients read is overwritten | model.c | if (taken == 2) run_jobs(m, waiting), taken = 0; | if (taken == 2) taken = 0;
 graph: tied head without a gradient | model.c | weight_backward(m, m->embedding, NO_BIAS, | if (0) weight_backward(m, m->embedding, NO_BIAS,
 graph: every conv has the first dilation | model.c | c->dilations[l % c->n_dilations]; | c->dilations[0];
 graph: gradients left from the last step | model.c | be->zero(m->grads, m->n_params * sizeof(real)); | (void)0;
@@ -110,7 +125,7 @@ adamw: no decay | model.h | *p = *p * (decay ? a->decay : 1) - | *p = *p * (deca
 adamw: average not weighted | model.h | a->ema * *ema + (1 - a->ema) * *p; | a->ema * *ema + *p;
 learning rate: warm-up starts at 0 | model.h | h->lr * (double)(step + 1) / | h->lr * (double)step /
 learning rate: warm-up counted in the cosine | model.h | (double)(step - h->warmup) / (double)(h->steps - h->warmup); | (double)step / (double)h->steps;
-philox: nine rounds | model.h | round < 10; | round < 9;
+philox: nine rounds | model.h | philox_rounds(10, key, | philox_rounds(9, key,
 philox: a wrong key step | model.h | k1 += 0xBB67AE85u; | k1 += 0xBB67AE86u;
 philox: lanes overlap | model.h | (16 * (lane & 1)) | (8 * (lane & 1))
 refusals: a dilation of 0 is taken | model.c | c->dilations[i] < 1 || | c->dilations[i] < 0 ||

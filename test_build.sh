@@ -1,10 +1,11 @@
 #!/bin/sh
-# test_build.sh: what the Makefile finds on machines unlike this one, by stub tools on PATH. Reads
-# the last line of `make doctor`; builds nothing. Run by `make test`, alone: ./test_build.sh
+# test_build.sh: machines unlike this one. What the Makefile finds there, by stub tools on PATH and
+# the lines of `make doctor`; what ./train says of drivers and GPUs that will not do, by a stub of
+# the driver's library. Builds no program. Run by `make test`, alone: ./test_build.sh
 cd "$(dirname "$0")" || exit 1
 bin=$(mktemp -d) || exit 1
 trap 'rm -rf "$bin"' EXIT
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 for tool in sh make cc gcc as ld head tr grep sed sort cmp mkdir cat ls echo; do
     path=$(command -v $tool) && ln -s "$path" "$bin/$tool" 2>/dev/null
 done
@@ -42,5 +43,36 @@ stub nvcc 'case $1 in --list-gpu-arch) for i in 75 80 86; do echo compute_$i; do
 finds 'an old nvcc: nothing that it does not know' 'sm_86' 'sm_90'
 stub cc 'case "$*" in *-fopenmp\ *) exit 1;; *-lomp*) exit 1;; esac; exec gcc "$@"'
 finds 'a compiler without OpenMP: one thread' 'OpenMP     none' 'flags.*-fopenmp '
-echo "$passed passed, $failed failed, 0 skipped"
+
+# ---- Drivers and GPUs that will not do: one line each, before anything is read or written ----
+
+# The driver's version and what cuInit answers come from the environment.
+cat >"$bin/cuda.c" <<'C'
+#include <stdlib.h>
+int cuInit(unsigned flags) { return (void)flags, atoi(getenv("STUB_INIT")); }
+int cuDriverGetVersion(int *version) { return *version = atoi(getenv("STUB_CUDA")), 0; }
+C
+# name, version, cuInit's answer, status, words that the one line must hold, arguments
+says() {
+    name=$1 version=$2 init=$3 want=$4 words=$5; shift 5
+    out=$(STUB_CUDA=$version STUB_INIT=$init LD_LIBRARY_PATH=$bin ./train "$@" --steps 1 --batch 1 \
+        --channels 4 --blocks 1 --sample-bytes 0 --out "$bin/out" 2>&1); got=$?
+    if [ $got = "$want" ] && echo "$out" | head -1 | grep -q -e "$words"; then
+        passed=$((passed + 1)); echo "ok   $name"
+    else
+        failed=$((failed + 1)); echo "FAIL $name: status $got and no '$words' first in:"; echo "$out"
+    fi
+}
+: >"$bin/libcuda.so.1" # a file that no program can load
+if LD_LIBRARY_PATH=$bin ./train --device cuda --out "$bin/out" 2>&1 | grep -q 'without CUDA'; then
+    skipped=5; echo "skip 5 messages about drivers and GPUs: this build is without CUDA"
+else
+    says 'no driver' 0 0 1 'no NVIDIA driver found.*--device cpu' --device cuda
+    cc -shared -fPIC "$bin/cuda.c" -o "$bin/libcuda.so.1"
+    says 'an old driver' 11000 0 1 'driver knows CUDA 11.0, this build needs 1[0-9]' --device cuda
+    says 'an old driver, any device: on the CPU, and why' 11000 0 0 '^on the CPU: .* CUDA 11.0'
+    says 'a driver without a GPU' 99000 100 1 'no NVIDIA GPU found' --device cuda
+    says 'a GPU that does not answer' 99000 999 1 'cannot reach the GPU: unknown error' --device cuda
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

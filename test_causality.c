@@ -223,7 +223,7 @@ static void gradient_of(Run *r, int position, real *dx, real *grads) {
     be->zero(m->grads, m->n_params * sizeof(real));
     model_forward(m, true, 0);
     be->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, 1, N);
-    model_backward(m, 0);
+    model_backward(m);
     // The residual stream's gradient was carried down in place: it is the embedded input's now.
     be->read_acts(dx, m->x[m->U], N * (size_t)m->config.channels);
     model_read(m, grads, m->grads);

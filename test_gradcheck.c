@@ -44,7 +44,8 @@ static double gradient_error(real *value, size_t n, const real *grad, Loss loss,
     real *saved = new_reals(n);
     memcpy(saved, value, n * sizeof *saved);
     double h = 0, worst = 0, squares = 0;
-    for (size_t i = 0; i < n; i++) h = fmax(h, STEP * fabs((double)value[i]));
+    for (size_t i = 0; i < n; i++)  // around DROPPED nothing changes, however wide the step
+        if (value[i] != (real)DROPPED) h = fmax(h, STEP * fabs((double)value[i]));
     for (int d = 0; d < DIRECTIONS; d++) {
         uint64_t stream = 900 + (uint64_t)d;
         double expected = 0;
@@ -128,17 +129,46 @@ static void define_conv(real *pre, const real *x, const real *w, const real *b, 
         }
 }
 
-// out = dropout(gelu(pre)), all (N,O). out may be pre.
-static void define_act(real *out, const real *pre, Dropout d, size_t N, int O) {
-    for (size_t i = 0; i < N * (size_t)O; i++) {
-        uint64_t e = d.first * (uint64_t)O + i;
-        Philox r = philox(d.seed, (uint32_t)(e / 8), (uint32_t)(e / 8 >> 32),
-                          d.state ? d.state->step : 0, d.purpose);
-        bool dropped = (r.v[e % 8 / 2] >> (e % 2 * 16) & 65535) < d.threshold;
-        double x = (double)pre[i], cube = 0.044715 * x * x * x;
-        double gelu_x = x / 2 * (1 + tanh(sqrt(2 / acos(-1)) * (x + cube)));
-        out[i] = (real)(d.threshold == 0 ? gelu_x : dropped ? 0 : gelu_x * (double)d.scale);
+// Which of (N,O) pre-activations dropout takes.
+static void define_dropout(real *pre, Dropout d, size_t N, int O) {
+    for (size_t n = 0; n < N; n++)
+        for (int o = 0; o < O; o++) {
+            Philox r = dropout_draw(d.seed, d.purpose, d.state->step, d.first + n, o, O);
+            if (is_dropped(r, d.threshold, d.first + n, o)) pre[n * (size_t)O + o] = DROPPED;
+        }
+}
+
+// scale * gelu(pre), nothing where pre is DROPPED. out may be pre.
+static void define_act(real *out, const real *pre, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double x = (double)pre[i], tanh_u = tanh(sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x));
+        out[i] = pre[i] == (real)DROPPED ? 0 : (real)(x / 2 * (1 + tanh_u) * (double)scale);
     }
+}
+
+// forward:  out = scale * gelu(pre);  gelu(x) = x/2 (1 + t), t = tanh(u), dt/dx = (1-t^2) du/dx
+static void define_act_backward(real *dpre, const real *dout, const real *pre, float scale,
+                                size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double x = (double)pre[i], a = sqrt(2 / acos(-1)), t = tanh(a * (x + 0.044715 * x * x * x));
+        double slope = (1 + t) / 2 + x / 2 * (1 - t * t) * a * (1 + 3 * 0.044715 * x * x);
+        dpre[i] = pre[i] == (real)DROPPED ? 0 : (real)((double)dout[i] * slope * (double)scale);
+    }
+}
+
+// As relative_error, of what a conv stores: DROPPED must stand in the same places, and beside its
+// size no other value would count.
+static double stored_error(const real *a, const real *b, size_t n) {
+    real *x = new_reals(n), *y = new_reals(n);
+    bool same = true;
+    for (size_t i = 0; i < n; i++) {
+        same = same && (a[i] == (real)DROPPED) == (b[i] == (real)DROPPED);
+        x[i] = a[i] == (real)DROPPED ? 0 : a[i];
+        y[i] = b[i] == (real)DROPPED ? 0 : b[i];
+    }
+    double error = same ? relative_error(x, y, n) : INFINITY;
+    free(x), free(y);
+    return error;
 }
 
 static double define_loss(const real *logits, int target, double cap) {
@@ -159,13 +189,16 @@ typedef struct {
     Dropout drop;
     real *x, *w, *b, *res, *pre, *out;
     real *r;  // loss = sum(r * output), so r is the output's gradient
+    // test_conv_through only: x = scale * gelu(below), and loss += sum(q * x)
+    real *below, *q;
+    float scale;
     void *work;
 } ConvTest;
 
 static Dropout test_dropout(float p, uint32_t layer) {
-    uint32_t threshold = (uint32_t)(p * 65536);
-    // The first row lies beyond 2^35 elements and is no multiple of the 8 that one draw serves.
-    return (Dropout){.threshold = threshold, .scale = 65536.0f / (float)(65536 - threshold),
+    uint32_t threshold = (uint32_t)(p * 256);
+    // The first row lies beyond 2^32 draws and is no multiple of the 16 that share theirs.
+    return (Dropout){.threshold = threshold, .scale = 256.0f / (float)(256 - threshold),
                      .seed = 77, .purpose = RNG_DROPOUT + layer, .first = ((uint64_t)1 << 36) + 7,
                      .state = &state};
 }
@@ -182,10 +215,11 @@ static void test_conv_forward(ConvTest *c, const char *name) {
     size_t N = (size_t)s.B * s.T, n_out = N * s.O;
     real *pre = new_reals(n_out), *out = new_reals(n_out), *in_place = new_reals(n_out);
     define_conv(pre, c->x, c->w, c->bias ? c->b : NULL, s);
+    if (c->act) define_dropout(pre, c->drop, N, s.O);
     conv_loss(c);
-    check_error(relative_error(c->pre, pre, n_out), EXACT_BOUND, "%s: pre", name);
+    check_error(stored_error(c->pre, pre, n_out), EXACT_BOUND, "%s: pre", name);
     if (c->act) {
-        define_act(out, pre, c->drop, N, s.O);
+        define_act(out, pre, c->drop.scale, n_out);
         for (size_t i = 0; i < n_out; i++) out[i] += c->residual ? c->res[i] : 0;
         check_error(relative_error(c->out, out, n_out), EXACT_BOUND, "%s: out", name);
     }
@@ -202,21 +236,15 @@ static void test_conv_backward(ConvTest *c, const char *name) {
     ConvShape s = c->s;
     size_t n_x = (size_t)s.B * s.T * s.C, n_out = (size_t)s.B * s.T * s.O;
     size_t n_w = (size_t)s.K * s.C * s.O;
-    real *dpre = new_reals(n_out), *in_place = new_reals(n_out), *dx = new_reals(n_x);
+    real *dpre = new_reals(n_out), *dx = new_reals(n_x);
     real *dx_sum = new_random(n_x, 8, 0, 1), *dx_before = new_random(n_x, 8, 0, 1);
     real *dw = new_random(n_w, 8, 0, 1), *dw_before = new_random(n_w, 8, 0, 1);
     real *db = new_random((size_t)s.O, 9, 0, 1), *db_before = new_random((size_t)s.O, 9, 0, 1);
-    const Dropout none = {0};
     conv_loss(c);
     memcpy(dpre, c->r, n_out * sizeof *dpre);
-    if (c->act) {
-        cpu->act_backward(dpre, c->r, c->pre, c->drop, s);
-        memcpy(in_place, c->pre, n_out * sizeof *in_place);
-        cpu->act_backward(in_place, c->r, in_place, c->drop, s);
-        check(same_bits(in_place, dpre, n_out), "%s: dpre may be pre", name);
-    }
-    cpu->conv_backward_input(dx, NULL, dpre, c->w, NULL, none, s, false, c->work);
-    cpu->conv_backward_input(dx_sum, NULL, dpre, c->w, NULL, none, s, true, c->work);
+    if (c->act) define_act_backward(dpre, c->r, c->pre, c->drop.scale, n_out);
+    cpu->conv_backward_input(dx, NULL, NULL, dpre, c->w, 1, s, false, c->work);
+    cpu->conv_backward_input(dx_sum, NULL, NULL, dpre, c->w, 1, s, true, c->work);
     const WeightJob job = {dw, c->bias ? db : NULL, c->x, dpre, s.dil};
     cpu->conv_backward_weight(&job, 1, s, c->work);
     subtract(dx_sum, dx_before, n_x);
@@ -227,34 +255,49 @@ static void test_conv_backward(ConvTest *c, const char *name) {
     check_gradient(name, "w", c->w, n_w, dw, false, conv_loss, c);
     if (c->bias) check_gradient(name, "b", c->b, (size_t)s.O, db, false, conv_loss, c);
     if (c->residual) check_gradient(name, "res", c->res, n_out, c->r, false, conv_loss, c);
-    FREE_ALL(dpre, in_place, dx, dx_sum, dx_before, dw, dw_before, db, db_before);
+    FREE_ALL(dpre, dx, dx_sum, dx_before, dw, dw_before, db, db_before);
 }
 
-// The third mode of conv_backward_input goes on through the activation of the layer below:
-// here x = dropout(gelu(below)), and `below` takes the place of res.
+// On through the activation of the layer below.
 static double through_loss(void *arg) {
     ConvTest *c = arg;
-    define_act(c->x, c->res, c->drop, (size_t)c->s.B * c->s.T, c->s.C);
-    return conv_loss(c);
+    size_t n_x = (size_t)c->s.B * c->s.T * c->s.C;
+    define_act(c->x, c->below, c->scale, n_x);
+    return conv_loss(c) + (c->q ? dot(c->q, c->x, n_x) : 0);
 }
 
 static void test_conv_through(ConvTest plain, const char *name) {
     ConvTest *c = &plain;
     ConvShape s = c->s;
     size_t N = (size_t)s.B * s.T, n_x = N * s.C;
+    real *x = new_reals(n_x), *below = new_random(n_x, 11, 0, 2), *q = new_random(n_x, 12, 0, 1);
+    real *pre = new_reals(n_x), *pre2 = new_reals(n_x), *dx = new_reals(n_x), *dx2 = new_reals(n_x);
+    real *a = new_reals(n_x), *a2 = new_reals(n_x), *sum = new_random(n_x, 12, 0, 1);
+    define_dropout(below, c->drop, N, s.C);
+    c->scale = c->drop.scale;
     c->act = c->residual = false;
-    real *x = new_reals(n_x), *below = new_random(n_x, 11, 0, 2);
-    real *dx = new_reals(n_x), *a = new_reals(n_x), *in_place = new_reals(n_x);
+    c->drop = (Dropout){0};
     c->x = x;
-    c->res = below;
+    c->below = below;
     through_loss(c);
-    memcpy(in_place, below, n_x * sizeof *below);
-    cpu->conv_backward_input(dx, a, c->r, c->w, below, c->drop, s, false, c->work);
-    cpu->conv_backward_input(in_place, NULL, c->r, c->w, in_place, c->drop, s, false, c->work);
+    // dx alone; pre and a alone; all three
+    cpu->conv_backward_input(dx, NULL, NULL, c->r, c->w, c->scale, s, false, c->work);
+    memcpy(pre, below, n_x * sizeof *pre);
+    cpu->conv_backward_input(NULL, pre, a, c->r, c->w, c->scale, s, false, c->work);
+    memcpy(pre2, below, n_x * sizeof *pre2);
+    cpu->conv_backward_input(dx2, pre2, a2, c->r, c->w, c->scale, s, false, c->work);
     check_error(relative_error(a, x, n_x), EXACT_BOUND, "%s: a, made again in backward", name);
-    check(same_bits(in_place, dx, n_x), "%s: dx may be pre, a may be NULL", name);
-    check_gradient(name, "pre below", below, n_x, dx, false, through_loss, c);
-    FREE_ALL(x, below, dx, a, in_place);
+    check(same_bits(dx2, dx, n_x) && same_bits(pre2, pre, n_x) && same_bits(a2, a, n_x),
+          "%s: dx and pre, the same bits together", name);
+    check_gradient(name, "pre below", below, n_x, pre, false, through_loss, c);
+    // added to q, the gradient that comes down beside this layer
+    c->q = q;
+    memcpy(pre, below, n_x * sizeof *pre);
+    cpu->conv_backward_input(sum, pre, NULL, c->r, c->w, c->scale, s, true, c->work);
+    for (size_t i = 0; i < n_x; i++) dx[i] += q[i];
+    check_error(relative_error(sum, dx, n_x), EXACT_BOUND, "%s: dx accumulated, with pre", name);
+    check_gradient(name, "pre below, accumulated", below, n_x, pre, false, through_loss, c);
+    FREE_ALL(x, below, q, pre, pre2, dx, dx2, a, a2, sum);
 }
 
 static void test_conv(ConvShape s, bool active, bool residual, bool bias, float p) {
@@ -312,6 +355,9 @@ typedef struct {
     // embedding only: x is its output, `table` what is looked up
     real *table;
     int *ids;
+    // test_norm_through only: x = scale * gelu(below), and loss += sum(q * x)
+    real *below, *q;
+    float scale;
     void *work;
 } NormTest;
 
@@ -341,9 +387,12 @@ static void test_norm(size_t N, int C, double spread) {
     check_error(relative_error(t.out, defined, n), EXACT_BOUND, "%s: out", name);
 
     memcpy(in_place, t.x, n * sizeof *in_place);
-    cpu->norm_backward(dx, dgain, dbias, t.r, t.x, t.gain, N, C, false, t.work);
-    cpu->norm_backward(sum, rest, rest + C, t.r, t.x, t.gain, N, C, true, t.work);
-    cpu->norm_backward(in_place, rest, rest + C, t.r, in_place, t.gain, N, C, false, t.work);
+    cpu->norm_backward(dx, dgain, dbias, NULL, NULL, t.r, t.x, t.gain, t.bias, 1, N, C, false,
+                       t.work);
+    cpu->norm_backward(sum, rest, rest + C, NULL, NULL, t.r, t.x, t.gain, t.bias, 1, N, C, true,
+                       t.work);
+    cpu->norm_backward(in_place, rest, rest + C, NULL, NULL, t.r, in_place, t.gain, t.bias, 1, N, C,
+                       false, t.work);
     check(same_bits(in_place, dx, n), "%s: dx may be x", name);
     subtract(dgain, dgain_before, width);
     subtract(dbias, dbias_before, width);
@@ -355,6 +404,53 @@ static void test_norm(size_t N, int C, double spread) {
     check_gradient(name, "bias", t.bias, width, dbias, false, norm_loss, &t);
     FREE_ALL(t.x, t.r, t.gain, t.bias, t.out, defined, dx, sum, before, in_place, dgain,
              dgain_before, dbias, dbias_before, rest);
+    free(t.work);
+}
+
+static double norm_through_loss(void *arg) {
+    NormTest *t = arg;
+    size_t n = t->N * (size_t)t->C;
+    define_act(t->x, t->below, t->scale, n);
+    return norm_loss(t) + (t->q ? dot(t->q, t->x, n) : 0);
+}
+
+// What norm_backward does beside dx: forward's output again, and on through the activation below.
+static void test_norm_through(size_t N, int C, float p) {
+    size_t n = N * (size_t)C, width = (size_t)C;
+    char name[64];
+    snprintf(name, sizeof name, "norm N=%zu C=%d below%s", N, C, p > 0 ? ", dropout" : "");
+    Dropout drop = test_dropout(p, 3);
+    NormTest t = {.N = N, .C = C, .x = new_reals(n), .r = new_random(n, 2, 0, 1),
+                  .gain = new_random(width, 3, 1, 0.5), .bias = new_random(width, 4, 0, 0.5),
+                  .below = new_random(n, 5, 0, 2), .scale = drop.scale, .out = new_reals(n),
+                  .work = new_work(N, 1, WIDEST, 1)};
+    real *dx = new_reals(n), *x = new_reals(n), *pre = new_reals(n), *again = new_reals(n);
+    real *q = new_random(n, 6, 0, 1), *sum = new_random(n, 6, 0, 1);
+    real *plain = new_random(n, 6, 0, 1);
+    real *rest = new_random(2 * width, 8, 0, 1), *rest2 = new_random(2 * width, 8, 0, 1);
+    define_dropout(t.below, drop, N, C);
+    norm_through_loss(&t);
+
+    memcpy(pre, t.below, n * sizeof *pre);
+    cpu->norm_backward(dx, rest, rest + C, again, pre, t.r, t.x, t.gain, t.bias, t.scale, N, C,
+                       false, t.work);
+    check(same_bits(again, t.out, n), "%s: again is forward's output", name);
+    check_gradient(name, "pre below", t.below, n, pre, C == 1, norm_through_loss, &t);
+    norm_through_loss(&t);  // the difference moved x
+    memcpy(x, t.x, n * sizeof *x);
+    memcpy(pre, t.below, n * sizeof *pre);
+    cpu->norm_backward(plain, rest2, rest2 + C, NULL, NULL, t.r, t.x, t.gain, t.bias, 1, N, C, true,
+                       t.work);
+    fill(rest, 2 * width, 8, 0, 1);
+    cpu->norm_backward(sum, rest, rest + C, x, pre, t.r, x, t.gain, t.bias, t.scale, N, C, true,
+                       t.work);
+    check(same_bits(x, t.out, n), "%s: again may be x", name);
+    check(same_bits(sum, plain, n) && same_bits(rest, rest2, 2 * width),
+          "%s: dx and the parameters' gradients do not depend on again and pre", name);
+    t.q = q;
+    check_gradient(name, "pre below, accumulated", t.below, n, pre, false, norm_through_loss, &t);
+    FREE_ALL(t.x, t.r, t.gain, t.bias, t.below, t.out, dx, x, pre, again, q, sum, plain, rest,
+             rest2);
     free(t.work);
 }
 
@@ -594,6 +690,9 @@ static const Case cases[] = {
     {"dil>T, T=2", {SMALL, .dilations = {3, 70}}, 0.2f, 0.2f, 3, 2, 2},
     {"one conv", {.channels = 8, .latent = 12, .taps = 2, .blocks = 1, .n_dilations = 1,
                   .dilations = {3}}, 0.2f, 0, 2, 9, 1},
+    // more convs to a unit than arrays in which what they read can wait
+    {"6 dilations", {.channels = 8, .latent = 6, .taps = 2, .blocks = 2, .n_dilations = 6,
+                     .dilations = {1, 2, 3, 1, 2, 1}}, 0.1f, 0, 2, 9, 1},
     {"K=1", {.channels = 8, .latent = 6, .taps = 1, .blocks = 2, .n_dilations = 2,
              .dilations = {1, 2}}, 0, 0, 2, 9, 1},
     {"C=1", {.channels = 1, .latent = 3, .taps = 3, .blocks = 2, .n_dilations = 2,
@@ -675,9 +774,9 @@ static void define_model(const Model *m, uint64_t first, real *logits) {
     int C = c->channels, D = c->latent;
     size_t N = (size_t)m->B * m->T, n = N * (size_t)C;
     float p = m->training.dropout;
-    Dropout drop = {.threshold = (uint32_t)(p * 65536 + 0.5f), .seed = m->training.seed,
+    Dropout drop = {.threshold = (uint32_t)(p * 256 + 0.5f), .seed = m->training.seed,
                     .first = first * (uint64_t)m->T, .state = m->state};
-    drop.scale = 65536.0f / (float)(65536 - drop.threshold);
+    drop.scale = 256.0f / (float)(256 - drop.threshold);
     ConvShape rows = {1, m->B * m->T, C, D, 1, 1}, head = {1, m->B * m->T, D, V, 1, 1};
     real *x = new_reals(n), *y = new_reals(n), *a = new_reals(n), *z = new_reals(N * (size_t)D);
     const real *E = tensor(m, "embedding.weight", 0, 0);
@@ -697,7 +796,8 @@ static void define_model(const Model *m, uint64_t first, real *logits) {
             define_conv(a, y, tensor(m, "blocks.%d.conv.%d.weight", u, i),
                         tensor(m, "blocks.%d.conv.%d.bias", u, i), s);
             drop.purpose = RNG_DROPOUT + (uint32_t)(u * c->n_dilations + i);
-            define_act(y, a, drop, N, C);
+            define_dropout(a, drop, N, C);
+            define_act(y, a, drop.scale, n);
             bool add = c->form == BLOCK_PRENORM || i == c->n_dilations - 1;
             for (size_t j = 0; add && j < n; j++) x[j] += y[j];
         }
@@ -839,6 +939,9 @@ int main(int argc, char **argv) {
     test_norm(3, 33, 1);
     test_norm(3, 33, 0.01);
     test_norm(130, 5, 1);
+    test_norm_through(3, 33, 0);
+    test_norm_through(130, 5, 0.25f);
+    test_norm_through(5, 1, 0.25f);
     test_embed(40, 5);
     test_embed(3, 33);
     test_embed(7, 1);

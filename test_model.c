@@ -62,21 +62,27 @@ static void test_sizes(void) {
 }
 
 static void test_philox(void) {
-    // Known answers published with Random123 (kat_vectors, philox4x32 with 10 rounds).
+    // Known answers published with Random123 (kat_vectors, philox4x32).
     static const struct {
         uint64_t key;
-        uint32_t counter[4], answer[4];
+        uint32_t counter[4], ten[4], seven[4];  // answers by rounds
     } known[] = {
-        {0, {0, 0, 0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
+        {0, {0, 0, 0, 0}, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+         {0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}},
         {0xffffffffffffffff, {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff},
-         {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
+         {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+         {0x5207ddc2, 0x45165e59, 0x4d8ee751, 0x8c52f662}},
         {0x299f31d0a4093822, {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
-         {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+         {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1},
+         {0x4dfccaba, 0x190a87f0, 0xc47362ba, 0xb6b5242a}},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
         const uint32_t *c = known[i].counter;
-        Philox r = philox(known[i].key, c[0], c[1], c[2], c[3]);
-        check(memcmp(r.v, known[i].answer, sizeof r.v) == 0, "philox: known answer %zu", i);
+        Philox ten = philox(known[i].key, c[0], c[1], c[2], c[3]);
+        Philox seven = philox_rounds(7, known[i].key, c[0], c[1], c[2], c[3]);
+        check(memcmp(ten.v, known[i].ten, sizeof ten.v) == 0, "philox: known answer %zu", i);
+        check(memcmp(seven.v, known[i].seven, sizeof seven.v) == 0,
+              "philox of seven rounds: known answer %zu", i);
     }
     Philox r = {{0x22221111, 0x44443333, 0x66665555, 0x88887777}};
     bool ok = true;
@@ -160,6 +166,7 @@ static void test_arithmetic(void) {
                   fabs((double)gelu_grad(far[i]) - i) < 1e-30,
               "gelu(%g) is %g, its slope %g", (double)far[i], (double)gelu(far[i]),
               (double)gelu_grad(far[i]));
+    check(gelu(DROPPED) == 0 && gelu_grad(DROPPED) == 0, "gelu(DROPPED) and its slope are 0");
 }
 
 // One byte at a time gives the bits that many give, in any company, at every width.
@@ -475,52 +482,105 @@ static void test_byte_dropout(void) {
     model_free(&m);
 }
 
-// Which of n elements dropout keeps: a conv with one tap whose pre is 1 everywhere.
-static void keep_mask(bool *kept, Dropout d, int rows, int O, int *wrong) {
-    size_t n = (size_t)rows * (size_t)O;
-    real *x = new_random((size_t)rows, 1, 1, 0), *w = new_random((size_t)O, 1, 1, 0);
-    real *pre = new_reals(n), *out = new_reals(n), expected = gelu(1) * (real)d.scale;
+// Byte of a draw that decides about (row, o), by the definition: draws are numbered along the 8
+// channels that each serves, then along the rows, of which those 8 apart share one.
+static uint32_t dropout_byte(const Dropout *d, uint64_t row, uint64_t o, uint64_t O) {
+    uint64_t pair = row % 16 < 8 ? row : row - 8;  // the first of the two rows
+    uint64_t before = pair / 16 * 8 + pair % 16, number = before * ((O + 7) / 8) + o / 8;
+    Philox r = philox_rounds(7, d->seed, (uint32_t)number, (uint32_t)(number >> 32),
+                             d->state->step, d->purpose);
+    uint8_t bytes[16];  // least significant first
+    for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)(r.v[i / 4] >> i % 4 * 8);
+    return bytes[o % 8 + (row == pair ? 0 : 8)];
+}
+
+static void test_dropout_definition(const Dropout *d) {
+    const int widths[] = {1, 8, 33, 256};
+    const uint64_t from[] = {0, 37, ((uint64_t)1 << 36) + 5};
+    int wrong = 0;
+    for (int i = 0; i < 12; i++)
+        for (uint64_t row = from[i / 4]; row < from[i / 4] + 40; row++)
+            for (int o = 0, O = widths[i % 4]; o < O; o++) {
+                uint32_t byte = dropout_byte(d, row, (uint64_t)o, (uint64_t)O);
+                Philox r = dropout_draw(d->seed, d->purpose, d->state->step, row, o, O);
+                // dropped below a threshold beyond its byte, and only there
+                wrong += is_dropped(r, byte, row, o) || !is_dropped(r, byte + 1, row, o);
+            }
+    check(wrong == 0, "dropout: every value has its own byte of (seed; draw, step, purpose)");
+}
+
+enum { ROWS = 300, WIDTH = 33, VALUES = ROWS * WIDTH };  // WIDTH: no multiple of a draw's 8
+
+// Which values dropout keeps: a conv with one tap whose pre is 1 everywhere, added to a residual of
+// 1. *wrong: values that are neither scale * gelu(1) beside a pre of 1 nor 0 beside DROPPED.
+static void keep_mask(bool *kept, Dropout d, int rows, int *wrong) {
+    size_t n = (size_t)rows * WIDTH;
+    real *x = new_random((size_t)rows, 1, 1, 0), *w = new_random(WIDTH, 1, 1, 0);
+    real *res = new_random(n, 1, 1, 0);
+    real *pre = new_reals(n), *out = new_reals(n), expected = 1 + gelu(1) * (real)d.scale;
     real *work = new_reals(cpu->work_bytes((size_t)rows, 1, V, 1) / sizeof(real) + 1);
-    cpu->conv_forward(out, pre, x, w, NULL, NULL, d, (ConvShape){1, rows, 1, O, 1, 1}, work);
+    cpu->conv_forward(out, pre, x, w, NULL, res, d, (ConvShape){1, rows, 1, WIDTH, 1, 1}, work);
     for (size_t i = 0; i < n; i++) {
-        kept[i] = out[i] != 0;
-        *wrong += kept[i] && !(fabs((double)out[i] - (double)expected) < 1e-6);
+        kept[i] = pre[i] == 1;
+        *wrong += kept[i] ? !(fabs((double)out[i] - (double)expected) < 1e-6)
+                          : !(pre[i] == DROPPED && out[i] == 1);
     }
-    free(x), free(w), free(pre), free(out), free(work);
+    free(x), free(w), free(res), free(pre), free(out), free(work);
+}
+
+// How far two masks are from knowing nothing of each other: what both keep is then keep^2 of all,
+// give or take. The second is `shift` values further on in its array.
+static double dependence(const bool *a, const bool *b, int shift, double keep) {
+    size_t both = 0, n = (size_t)(VALUES - shift);
+    for (size_t i = 0; i < n; i++) both += a[i] && b[i + (size_t)shift];
+    return deviations(both, n, keep * keep);
 }
 
 static void test_dropout(void) {
-    enum { ROWS = 300, O = 33, N = ROWS * O, FIRST = 101 };
-    static bool kept[N], other[N];
-    StepState state = {.step = 2};
-    Dropout d = {.threshold = 13107, .scale = 65536.0f / (65536 - 13107), .seed = 6,
-                 .purpose = RNG_DROPOUT + 1, .state = &state};
-    int wrong = 0;
-    size_t n_kept = 0, differ = 0;
-    keep_mask(kept, d, ROWS, O, &wrong);
-    for (int i = 0; i < N; i++) n_kept += kept[i];
-    check_error(deviations(n_kept, N, 0.8), 4, "dropout 0.2 keeps %zu of %d: deviations", n_kept,
-                N);
-    check(wrong == 0, "what dropout keeps is multiplied by 1/(1-p)");
-    Dropout part = d;
-    part.first = FIRST;
-    keep_mask(other, part, ROWS - FIRST, O, &wrong);
-    check(memcmp(other, kept + FIRST * O, (ROWS - FIRST) * O) == 0,
-          "masks do not depend on the passes");
-    // Kept in both with probability 0.64, if the masks know nothing of each other.
-    for (int i = 0; i < 3; i++) {
-        const char *what[] = {"layers", "steps", "seeds"};
-        Dropout changed = d;
-        StepState next = {.step = 3};
-        if (i == 0) changed.purpose++;
-        if (i == 1) changed.state = &next;
-        if (i == 2) changed.seed++;
-        keep_mask(other, changed, ROWS, O, &wrong);
-        differ = 0;
-        for (int j = 0; j < N; j++) differ += kept[j] && other[j];
-        check_error(deviations(differ, N, 0.64), 4, "masks of two %s are independent: deviations",
-                    what[i]);
+    static bool kept[VALUES], other[VALUES];
+    const double keep = 205 / 256.0;  // 1 - threshold/256
+    StepState state = {.step = 2}, next = {.step = 3};
+    const Dropout d = {.threshold = 51, .scale = 256 / 205.0f, .seed = 6,
+                       .purpose = RNG_DROPOUT + 1, .state = &state};
+    int wrong = 0, moved = 0, undefined = 0;
+    size_t n_kept = 0;
+    test_dropout_definition(&d);
+    keep_mask(kept, d, ROWS, &wrong);
+    for (int i = 0; i < VALUES; i++) {
+        n_kept += kept[i];
+        undefined += kept[i] != (dropout_byte(&d, i / WIDTH, i % WIDTH, WIDTH) >= d.threshold);
     }
+    check(undefined == 0, "dropout takes what its definition says");
+    check_error(deviations(n_kept, VALUES, keep), 4, "dropout 51/256 keeps %zu of %d: deviations",
+                n_kept, VALUES);
+    const int first[] = {1, 8, 16, 101};  // where a pass may start
+    for (int i = 0; i < 4; i++) {
+        Dropout part = d;
+        part.first = (uint64_t)first[i];
+        int rest = ROWS - first[i];
+        keep_mask(other, part, rest, &wrong);
+        moved += memcmp(other, kept + first[i] * WIDTH, (size_t)rest * WIDTH) != 0;
+    }
+    check(moved == 0, "masks do not depend on the passes");
+    const Dropout changed[] = {
+        {d.threshold, d.scale, d.seed, d.purpose + 1, 0, &state},
+        {d.threshold, d.scale, d.seed, d.purpose, 0, &next},
+        {d.threshold, d.scale, d.seed + 1, d.purpose, 0, &state},
+    };
+    const char *const what[] = {"layers", "steps", "seeds"};
+    for (int i = 0; i < 3; i++) {
+        keep_mask(other, changed[i], ROWS, &wrong);
+        check_error(dependence(kept, other, 0, keep), 4,
+                    "masks of two %s are independent: deviations", what[i]);
+    }
+    const struct {
+        int rows, channels;
+    } apart[] = {{8, 0}, {1, 0}, {16, 0}, {0, 1}, {0, 4}, {0, 8}};  // the first share their draw
+    for (int i = 0; i < 6; i++)
+        check_error(dependence(kept, kept, apart[i].rows * WIDTH + apart[i].channels, keep), 4,
+                    "masks %d rows and %d channels apart are independent: deviations",
+                    apart[i].rows, apart[i].channels);
+    check(wrong == 0, "what dropout keeps is multiplied by 1/(1-p); the rest is stored as DROPPED");
 }
 
 // ---- Steps that go wrong, and the average ------------------------------------------------------
