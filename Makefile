@@ -106,10 +106,9 @@ demo: train sample
 
 # The recipe on the text that it was sought on.
 shakespeare: train sample data/tinyshakespeare.txt
-	@mkdir -p out
-	./train data/tinyshakespeare.txt --preset shakespeare --out out/shakespeare
+	./train data/tinyshakespeare.txt --preset shakespeare --out out-shakespeare
 	@if ! command -v gnuplot >/dev/null; then echo "no gnuplot, no picture: see make plot"; \
-	else $(MAKE) --no-print-directory plot RUN=out/shakespeare LINE=1.4697 \
+	else $(MAKE) --no-print-directory plot RUN=out-shakespeare LINE=1.4697 \
 	LINE_TITLE="nanoGPT, 10.7 M parameters"; fi
 
 data/tinyshakespeare.txt:
@@ -125,7 +124,7 @@ data/tinyshakespeare.txt:
 
 # The loss curves of RUN (a folder) as RUN/loss.png: training as the mean of every n steps, at most
 # 150 points. LINE=1.4697 adds a level, LINE_TITLE names it. The first twentieth, where the loss
-# falls from 5.5, may stand out of the picture.
+# falls from 5.5, may lie above the picture.
 RUN ?= out
 comma := ,
 plot:

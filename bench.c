@@ -26,8 +26,8 @@ static Option table[] = {
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
     TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "naive, tiled ...: the GPU kernels"),
     TEXT("only", NOT_SAVED, &opt.only, "LIST", "tables by name, commas between"),
-    INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step and layers, 0 = the device's"),
-    INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step and layers, 0 = the device's"),
+    INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step, layers, ladder; 0 = usual"),
+    INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step, layers, ladder; 0 = usual"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
     NUMBER("seconds", NOT_SAVED, &opt.seconds, 0.01, 600, "S", "spent on each figure"),
     FLAG("tsv", NOT_SAVED, &opt.tsv, "tab-separated values instead of columns"),
@@ -61,7 +61,8 @@ static int by_size(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// Median seconds of f(arg), which waits for its own work; spread: (slowest - fastest) / median.
+// Median seconds of f(arg), which waits for its own work; spread: (9th tenth - 1st tenth) /
+// median.
 static double median_seconds(void (*f)(void *), void *arg, double *spread) {
     enum { MOST = 1000 };
     static double t[MOST];
@@ -124,10 +125,11 @@ static void queued_steps(void *m) {
 
 // Median seconds of a step. Slow kernels are timed step by step: they must not take minutes.
 static double step_seconds(Model *m, double *spread) {
+    if (m->backend == &cpu_backend) return median_seconds(one_step, m, spread);
     one_step(m);  // loads the kernels, records the step
     double t0 = now();
     one_step(m);
-    if (m->backend == &cpu_backend || now() - t0 > 0.05) return median_seconds(one_step, m, spread);
+    if (now() - t0 > 0.05) return median_seconds(one_step, m, spread);
     return median_seconds(queued_steps, m, spread) / QUEUED;
 }
 
@@ -336,7 +338,7 @@ static void layers_table(void) {
         if (!cpu) gpu_read_laps(timed);
     }
     char what[96];
-    snprintf(what, sizeof what, "a step of %dx%d by operation (one at a time)", B, T);
+    snprintf(what, sizeof what, "a step of %dx%d by operation (call by call)", B, T);
     title("layers", what);
     layers_rows(steps);
     model_free(&m);

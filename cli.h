@@ -81,7 +81,7 @@ static inline void die(const Cli *cli, const Error *e) {
     exit(1);
 }
 
-// The value of o as the user would type it.
+// The value of o as the user would type it; of a flag yes or no.
 static inline const char *option_text(const Option *o, char *buffer, size_t size) {
     buffer[0] = 0;
     switch (o->kind) {

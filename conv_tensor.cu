@@ -11,7 +11,7 @@
 //
 // Measured for wgmma on an H100 80GB HBM3, each kernel many times in a graph, median; C = O = 256,
 // K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by less than 5 % mostly, by 14 % at
-// 131072 rows. (./bench --only ladder launches each alone and adds 5 to 8 us.)
+// 131072 rows. (./bench --only ladder launches each alone, which adds some 6 us.)
 //   rows                         128  1024  8192  16384        32768              131072
 //   forward, bias and GELU      3.08  4.19   8.7  13.1 (491)  23.2 (556)         86.9 (593)
 //     and a residual            3.08  4.27   9.2  14.2 (453)  28.7 (449)        107.6 (479)
@@ -785,13 +785,13 @@ enum {
 //              time, and then all finishing at a time with idle tensor cores; no data depends on it
 //
 // Dependent launches, and why the weights may be fetched before wait_for_previous: weights and
-// their bf16 copy are written by sync_params and optimize, which are launched plainly, as is the
-// kernel after them (draw_batch or embed_forward; a conv is never first). A plain launch starts
-// when everything before it is done, so the weights are whole before that kernel starts, and so
-// before any block of ours can. Weights that are not in that copy are converted by the kernel right
-// before ours: then ours is launched plainly, too (`settled` false). All else waits: x, side, dx,
-// bias and the step's number may come from the kernel before, and what is written may still be read
-// there. A kernel that is not launched in this way needs neither call, and loses only the overlap.
+// their bf16 copy are written by sync_params and optimize. The kernel after those is draw_batch or
+// embed_forward, never a conv, and lets the next one start only when its own wait is over: so the
+// weights are whole before any block of ours can run. Weights that are not in that copy are
+// converted by the kernel right before ours: then ours is launched plainly (`settled` false). All
+// else waits: x, side, dx, bias and the step's number may come from the kernel before, and what is
+// written may still be read there. A kernel that is not launched in this way needs neither call,
+// and loses only the overlap.
 //
 // Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
 // that share copies of weights, 12.1 -> 13.5 and 15.1; two warpgroups for three, 23.9 -> 27.0;

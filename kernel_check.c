@@ -604,7 +604,8 @@ double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes
     const Op *op = find_op(k->op);
     if (!op || backend_of(k, &b, &e)) return -1;
     count_work(k->op, s, k->act_bytes, flops, bytes);
-    // Variant 1 is what training runs: through the activation, accumulated, averaged.
+    // Variant 1: convs as the paper's form has them, through the activation; norm_backward
+    // accumulated, without again and pre; averaged.
     Side gpu = {.be = &b, .s = s, .variant = 1, .fill = true,
                 .timed = true, .seed = 1};
     gpu.run = op->run;

@@ -163,7 +163,7 @@ enum { THREADS = 256, WARPS = THREADS / 32 };
 // Launches that overlap (Hopper's programmatic dependent launch): the blocks of a kernel may take
 // the places of the one before as soon as all of that one's are running, and wait in
 // begin_dependent until it is done. That hides a launch, 1 to 2 us, of which a step has some 90.
-// optimize and sync_params are launched plainly: conv_tensor.cu says why.
+// sync_params is launched plainly. conv_tensor.cu says why a conv may fetch its weights early.
 #if CUDART_VERSION >= 12030
 #define LAUNCH(kernel, grid, block, ...)                             \
     do {                                                             \
@@ -573,7 +573,7 @@ __global__ void norm_backward_rows(NormBackward<T> a) {
 // most. A lane sums its own columns over its warp's rows; the eight warps' sums meet in shared
 // memory. Bound by how much is on its way from memory at a time, so while a warp works on a row its
 // next one is copied into shared memory; every lane reads back just what it has copied.
-enum { AHEAD = 2 };  // rows of bf16 in a warp's ring; float32 has one
+enum { AHEAD = 2 };  // rows in a warp's ring, one at work and one on its way; of float32 only one
 
 template <typename T>
 static __device__ void copy_row(T *to, const T *row, int C, int lane) {
@@ -875,7 +875,7 @@ static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const a
 }
 
 // product, for many rows in bf16: drows = onehot^T dx, a linear layer's weight gradient, with one 1
-// in each row of onehot (N,V) and none where the byte is dropped; exact, because sums are float32.
+// in each row of onehot (N,V) and none where the byte is dropped. Products are exact; sums round.
 // Bound before: the longest list. One byte of seven of an English text is a space.
 // Bytes: dx once, onehot once written and read, PRODUCT_ROWS of it at a time. dbias is the gradient
 // of such a layer's bias: the sum of all rows.
@@ -1040,7 +1040,7 @@ static void add_losses_naive(StepState *state, const real *losses, size_t N, voi
 static __device__ double block_sum(double v) {
     __shared__ double warps[32];
     v = warp_sum(v);
-    __syncthreads();  // the first warp has read the sums of the call before
+    __syncthreads();  // in a second call: the first warp has read the sums of the first
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
     __syncthreads();  // every warp's sum is there before the first warp adds them
     return warp_sum(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : 0.0);
@@ -1131,8 +1131,8 @@ __global__ void update_one(float *p, const float *g, float *m, float *v, float *
     if (i < n && a->finite)
         adamw_update(a, i < n_decay, &p[i], g[i], &m[i], &v[i], ema ? &ema[i] : NULL);
 }
-// tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 7 arrays of n, 55 MB. copy:
-// the new parameters in bf16, NULL where nobody keeps one.
+// tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 7 arrays of n, 55 MB for the
+// paper's 1.97 M parameters. copy: the new parameters in bf16, NULL where nobody keeps one.
 __global__ void update_four(float *p, const float *g, float *m, float *v, float *ema, bf16 *copy,
                             size_t n, size_t n_decay, const AdamWStep *step) {
     begin_dependent();
@@ -1239,16 +1239,16 @@ static const Kernel layer_kernels[] = {
     KERNEL_PAIR(embed_backward, embed_backward_tiled, "list each byte's rows, add them"),
     KERNEL(bf16, embed_backward, embed_backward_product, "tensor", "one-hot rows times dx, bf16"),
     KERNEL(float, norm_forward, norm_forward_naive, "naive", "a thread per row"),
-    KERNEL_PAIR(norm_forward, norm_forward_tiled, "a warp per row, four values a lane"),
+    KERNEL_PAIR(norm_forward, norm_forward_tiled, "a warp per row, in registers up to C = 256"),
     KERNEL(float, norm_backward, norm_backward_naive, "naive", "a thread per row, then per column"),
-    KERNEL_PAIR(norm_backward, norm_backward_tiled, "rows by warps, columns by threads"),
+    KERNEL_PAIR(norm_backward, norm_backward_tiled, "the same, columns added over a block"),
     KERNEL(float, cross_entropy, cross_entropy_naive, "naive", "a thread per row"),
     KERNEL_PAIR(cross_entropy, cross_entropy_tiled, "a warp per row, in registers"),
     KERNEL(float, add_losses, add_losses_naive, "naive", "one thread"),
     KERNEL(float, add_losses, add_losses_tiled, "tiled tensor", "one block"),
     KERNEL(float, draw_batch, draw_batch_each, "naive tiled tensor", "a thread per byte"),
     KERNEL(float, optimize, optimize_naive, "naive", "a thread per parameter"),
-    KERNEL(float, optimize, optimize_tiled, "tiled tensor", "all blocks meet once, one launch"),
+    KERNEL(float, optimize, optimize_tiled, "tiled tensor", "four parameters a thread"),
 };
 enum { N_LAYER_KERNELS = sizeof layer_kernels / sizeof *layer_kernels, MAX_KERNELS = 128 };
 
@@ -1289,7 +1289,7 @@ static Backend memory_half(void) {
 const Backend gpu_memory = memory_half();
 
 // Two passes to a step of many rows: half the memory for activations, while a pass still fills the
-// GPU. A pass of 16384 rows of 256 channels also keeps its arrays (8.4 MB each) in L2.
+// GPU. Where memory does not matter a step is faster in one pass: Training.at_once.
 static size_t bf16_pass_rows(size_t N) { return N < 16384 ? N : N / 2; }
 
 static void store_bf16(Backend *b) {

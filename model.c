@@ -189,9 +189,10 @@ static int allocate(Model *m, Error *e) {
         if (enough) be->zero(p, r->bytes);
     }
     if (enough) return 0;
-    return fail(e, "needs %.3g GB of %s memory, and %.3g GB are free: use a smaller --batch (with "
-                   "--accum), --seq or --channels",
-                (double)need / 1e9, be->name, (double)there / 1e9);
+    return fail(e, "needs %.3g GB of %s memory, and %.3g GB are free: use %sa smaller --batch "
+                   "(with --accum), --seq or --channels",
+                (double)need / 1e9, be->name, (double)there / 1e9,
+                m->training.at_once ? "--no-at-once, or " : "");
 }
 
 int model_open(Model *m, const Backend *backend, const Config *config, int B, int T,
@@ -943,8 +944,8 @@ void conv_rows(real *const *out, const real *const *rows, int n, const real *w, 
     for (int j = 0; j < n; j++)
         for (int o = 0; o < O; o++) out[j][o] = b ? b[o] : 0;
     int o0 = 0;
-    for (; n == 1 && O - o0 >= WIDE; o0 += WIDE) wide_row(
-            out[0] + o0, rows, w + o0, (size_t)O, K, C);
+    for (; n == 1 && O - o0 >= WIDE; o0 += WIDE)
+        wide_row(out[0] + o0, rows, w + o0, (size_t)O, K, C);
     for (; O - o0 >= COLS; o0 += COLS)
         for (int j0 = 0; j0 < n; j0 += ROWS) {
             const real *from[ROWS * MAX_TAPS];

@@ -193,9 +193,10 @@ SHARED_FN real exp_real(real x) {
     return (real)(p * low * high);
 }
 
-// One draw decides about 8 neighbouring channels of two rows that lie 8 apart, as the matrix
-// instructions of a GPU leave them in a thread: channels o/8*8.. of row `first + n`, in the lower
-// half of the bits, and of the row 8 further on, in the upper half. O: channels of a row.
+// One draw decides about 8 neighbouring channels of the rows r and r + 8, r % 16 < 8, as the matrix
+// instructions of a GPU leave them in a thread: channels o/8*8.. of r in the lower half of its
+// bits, of r + 8 in the upper. row: either of the two, counted in the step's batch: first + n.
+// O: channels of a row.
 SHARED_FN Philox dropout_draw(uint64_t seed, uint32_t purpose, uint32_t step, uint64_t row, int o,
                               int O) {
     uint64_t i = (row / 16 * 8 + row % 8) * (uint64_t)((O + 7) / 8) + (uint64_t)(o / 8);
@@ -217,7 +218,7 @@ SHARED_FN real gelu(real x) { return x / (1 + exp_real(-GELU_A * (x + GELU_B * x
 
 // forward:  gelu(x) = x * s,  s = sigmoid(2u)         ds/dx = s (1-s) d(2u)/dx
 // s(1-s) = s*s*exp(-2u) does not cancel. Beyond |x| = 10 the slope is 0 or 1 to within 1e-35; the
-// clamps keep the exponential finite, and below it is 0, which is what DROPPED stands for.
+// clamps keep the exponential finite, and below -10 the slope is made exactly 0, as DROPPED needs.
 SHARED_FN real gelu_grad(real x) {
     const real low = x < -10 ? 0 : 1;
     x = x < -10 ? -10 : x;
@@ -300,7 +301,8 @@ SHARED_FN void adamw_update(const AdamWStep *a, bool decay, real *p, real grad, 
 // The graph in model.c is written once over this table. Contracts that hold for every entry:
 //   - parameter gradients are ADDED to (+=), activation gradients are WRITTEN (=); the one
 //     exception is the gradient of the residual stream, where `accumulate` says += ;
-//   - outputs do not alias inputs unless the entry says they may;
+//   - outputs do not alias inputs unless the entry says they may; in backward a pre is both: its
+//     gradient takes its place;
 //   - work is scratch memory of at least work_bytes(...) whose contents do not matter;
 //   - two calls with the same inputs give the same bits (no atomics on floats);
 //   - sizes are positive and checked by the caller; indices are size_t inside.
@@ -447,7 +449,8 @@ typedef struct {
     size_t weight, bias;
     int dil;
     int block, index;  // its name: blocks.<block>.conv.<index>
-    act *pre;          // (N,C) before GELU: all that backward needs of this layer
+    act *pre;          // (N,C) before GELU: all that backward needs of this layer, which turns it
+                       // into its gradient
     Norm norm;         // pre-norm form only
 } Conv;
 
@@ -491,7 +494,8 @@ typedef struct {
     // One allocation per role, all in the backend's memory.
     real *params, *grads, *m, *v, *ema;  // ema NULL without --ema; grads, m, v only in training
     void *activations;                   // all that follows lies inside
-    act **x;                             // (U+1) x (N,C): the residual stream before each unit
+    act **x;  // (U+1) x (N,C): the residual stream before each unit; the pre-norm form's backward
+              // puts what the conv had read in its place
     act *h, *z;                          // (N,max(C,D)) each: layer outputs on their way
     act *logits;                         // (N,V), overwritten by their gradient in training
     int *ids, *targets;                  // (N)
@@ -553,7 +557,7 @@ int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *na
 // The parts of the above, for tests and for latents. model_forward reads m->ids; with
 // `train` it applies dropout of step state->step, for rows first.. of the step's batch.
 void model_forward(Model *m, bool train, uint64_t first);
-void model_backward(Model *m);  // after cross_entropy has filled m->logits
+void model_backward(Model *m);  // after model_forward(m, true, ..) and cross_entropy
 act *model_latents(const Model *m);             // z (N,D) of the last model_forward
 
 // ---- Layers on single rows, for streaming ------------------------------------------------------

@@ -29,7 +29,7 @@ conv weight gradient: first row of the batch only | model.c | for (int n = 0; n 
 conv weight gradient: written, not accumulated | model.c | copy_row(sums[r], dw_k + (size_t)r * s->O, cols); | (void)dw_k;
 conv bias gradient: once per tap | model.c | weight_block(&jobs[i], k == 0 && c0 == 0, | weight_block(&jobs[i], c0 == 0,
 conv bias gradient: written, not accumulated | model.c | db[o0 + j] += panel[t][j]; | db[o0 + j] = panel[t][j];
-conv rows: a lone row's columns overlap | model.c | O - o0 >= WIDE; o0 += WIDE) wide_row | O - o0 >= WIDE; o0 += COLS) wide_row
+conv rows: a lone row's columns overlap | model.c | O - o0 >= WIDE; o0 += WIDE) | O - o0 >= WIDE; o0 += COLS)
 conv rows: one column too few | model.c | for (int o = o0; o < O; o++) | for (int o = o0 + 1; o < O; o++)
 activation backward: not scaled | model.c | dout[j] * (scale * gelu_grad(pre[j])); | dout[j] * gelu_grad(pre[j]);
 activation backward: gelu for its slope | model.c | dout[j] * (scale * gelu_grad(pre[j])); | dout[j] * (scale * gelu(pre[j]));
@@ -99,6 +99,8 @@ graph: tied head without a gradient | model.c | weight_backward(m, m->embedding,
 graph: every conv has the first dilation | model.c | c->dilations[l % c->n_dilations]; | c->dilations[0];
 graph: gradients left from the last step | model.c | be->zero(m->grads, m->n_params * sizeof(real)); | (void)0;
 graph: gradients not divided by the passes | model.c | 1 / ((float)t->passes * (float)N); | 1 / (float)N;
+graph: a batch halved though it is to be taken at once | model.c | backend->pass_rows && !training->at_once; | backend->pass_rows;
+graph: half a batch for a whole | model.c | m->B /= 2) m->training.passes *= 2; | m->B /= 2) m->training.passes *= 1;
 graph: every pass draws the same windows | model.c | uint64_t first = (uint64_t)p * (uint64_t)m->B; | uint64_t first = (uint64_t)p * 0;
 receptive field: K for K-1 | model.c | (int64_t)c->blocks * (c->taps - 1) * sum; | (int64_t)c->blocks * c->taps * sum;
 batch: the target is the byte itself | model.c | targets[n] = window[t + 1]; | targets[n] = window[t];

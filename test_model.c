@@ -359,6 +359,34 @@ static void test_passes(const char *name, Config config) {
     model_free(&halves);
 }
 
+// A backend that would rather take a batch in halves gets it so, unless it is to be taken at once.
+static size_t half_of(size_t N) { return N / 2; }
+static void test_halving(Config config) {
+    enum { T = 50 };
+    Backend halving = *cpu;
+    halving.pass_rows = half_of;
+    Training as_it_likes = training_of(1, 0.2f), at_once = training_of(1, 0.2f);
+    at_once.at_once = true;
+    Model halves, whole, odd;
+    open_or_die(&halves, &halving, &config, 4, T, &as_it_likes);
+    open_or_die(&whole, &halving, &config, 4, T, &at_once);
+    open_or_die(&odd, &halving, &config, 3, T, &as_it_likes);
+    check(halves.B == 2 && halves.training.passes == 2, "a batch of 4 is taken in halves");
+    check(whole.B == 4 && whole.training.passes == 1, "and whole where it is to be at once");
+    check(odd.B == 3 && odd.training.passes == 1, "a batch of 3 has no halves");
+    Model *both[] = {&whole, &halves};
+    for (int i = 0; i < 2; i++) {
+        fill_params(both[i], 5);
+        give_text(both[i]);
+        model_train_step(both[i]);
+    }
+    check_error(relative_error(halves.grads, whole.grads, whole.n_params), 5e-6,
+                "gradients of both halves");
+    model_free(&halves);
+    model_free(&whole);
+    model_free(&odd);
+}
+
 // Parameters, average and moments after three steps of everything.
 static real *three_steps(Config config, int threads, size_t *n) {
     enum { B = 3, T = 110 };
@@ -646,6 +674,7 @@ int main(void) {
         test_fresh(forms[i].name, forms[i].config);
         test_batch_order(forms[i].name, forms[i].config);
         test_passes(forms[i].name, forms[i].config);
+        if (i == 0) test_halving(forms[i].config);
         test_threads(forms[i].name, forms[i].config);
         test_overfit(forms[i].name, forms[i].config);
     }

@@ -93,11 +93,18 @@ cp full/state.safetensors before
 [ $? = 1 ] && same before full/state.safetensors && [ -z "$(ls full | grep tmp)" ]
 check $? "a full disk: status 1, the old state whole, nothing left behind"
 train $small --steps 200 --lr 100 --clip 0 --eval-every 1000 --out away text; status=$?
-[ $status = 1 ] && tail -1 "$work/stderr" | grep -q 'not finite'
+[ $status = 1 ] && tail -1 "$work/stderr" | grep -q 'not finite' &&
+    ! tail -1 "$work/stderr" | grep -q 'stays in'
 check $? "a loss that is not finite stops the run and says so"
+train --device cpu --preset paper --dilations 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1 --blocks 1 \
+    --channels 64 --batch 1 --seq 64 --lr 100 --warmup 0 --steps 1 --out away3 text; status=$?
+[ $status = 1 ] && tail -1 "$work/stderr" | grep -q 'held-out loss is not finite'
+check $? "and so does a held-out loss that is not"
 train $small --steps 200 --lr 100 --clip 0 --eval-every 1 --out away2 text
-tail -1 "$work/stderr" | grep -q 'not finite' && [ -f away2/model.safetensors ]
+tail -1 "$work/stderr" | grep -q 'not finite.*stays in away2' && [ -f away2/model.safetensors ]
 check $? "and leaves the best so far, saved or not"
+train $small --steps 1 --out away2 text && [ -f away2.1/model.safetensors ]
+check $? "which the next try does not overwrite"
 
 # ---- Texts ----
 
@@ -185,29 +192,34 @@ settings() { grep '^# --' "$1/log.tsv" | sed 's/^# //; s/ --seed.*\( --eval\)/\1
 option() { settings "$1" | grep -q -e " $2 "; }
 tiny="--device cpu --channels 8 --steps 1 --sample-bytes 0"
 train --batch 2 $tiny --preset shakespeare --no-at-once --seq 64 --out preset text &&
-    option preset '--block-form prenorm' && option preset '--tie yes' && option preset '--batch 2' &&
-    option preset '--seq 64' && option preset '--steps 1' && option preset '--at-once no'
+    option preset '--block-form prenorm' && option preset '--tie' && option preset '--batch 2' &&
+    option preset '--seq 64' && option preset '--steps 1' && option preset '--no-at-once'
 check $? "--preset shakespeare, and options beside it win, before it or after"
-train $tiny --batch 2 --seq 64 --preset shakespeare --out preset2 text && option preset2 '--at-once yes'
+train $tiny --batch 2 --seq 64 --preset shakespeare --out preset2 text && option preset2 '--at-once'
 check $? "and its switches are on"
 # Both stay what README's figures are of, wherever the defaults go.
 train $tiny --preset paper --out paper text && [ "$(settings paper)" = "--channels 8 --latent 0 \
---taps 3 --blocks 3 --dilations 1,2,4 --block-form paper --tie no --softcap 0 --steps 1 --batch 16 \
---seq 512 --accum 1 --at-once no --lr 0.002 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 \
+--taps 3 --blocks 3 --dilations 1,2,4 --block-form paper --no-tie --softcap 0 --steps 1 --batch 16 \
+--seq 512 --accum 1 --no-at-once --lr 0.002 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 \
 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250" ]
 check $? "--preset paper is the paper's configuration"
 train $tiny --preset small --out small text && [ "$(settings small)" = "--channels 8 --latent 0 \
---taps 3 --blocks 2 --dilations 1,2,4 --block-form prenorm --tie yes --softcap 30 --steps 1 \
---batch 16 --seq 256 --accum 1 --at-once no --lr 0.004 --min-lr 0 --warmup 50 --beta1 0.9 \
+--taps 3 --blocks 2 --dilations 1,2,4 --block-form prenorm --tie --softcap 30 --steps 1 \
+--batch 16 --seq 256 --accum 1 --no-at-once --lr 0.004 --min-lr 0 --warmup 50 --beta1 0.9 \
 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200" ]
 check $? "--preset small is the demo's"
 train $tiny --batch 2 --out default text && train $tiny --batch 2 --preset default --out default2 text &&
     [ "$(settings default)" = "$(settings default2)" ] && option default '--block-form prenorm' &&
-    option default '--tie yes'
+    option default '--tie'
 check $? "--preset default changes nothing: pre-norm, tied"
-train $tiny --batch 2 --no-tie --latent 7 --no-selftest --out untied text && option untied '--tie no'
+train $tiny --batch 2 --preset shakespeare --seq 64 --out tale text && [ "$(settings tale)" = "--channels 8 \
+--latent 0 --taps 2 --blocks 3 --dilations 1,2,4,8 --block-form prenorm --tie --softcap 30 --steps 1 \
+--batch 2 --seq 64 --accum 1 --at-once --lr 0.006 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
+--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
+check $? "--preset shakespeare is the recipe of README's first figure"
+train $tiny --batch 2 --no-tie --latent 7 --no-selftest --out untied text && option untied '--no-tie'
 check $? "--no-tie switches off what is on by default"
-train --resume untied --steps 2 --no-tie && train --resume untied --steps 3 && option untied '--tie no' &&
+train --resume untied --steps 2 --no-tie && train --resume untied --steps 3 && option untied '--no-tie' &&
     rows untied/log.tsv | cut -f1 | grep -q '^3$'
 check $? "and stays off on resuming, given again or not"
 "$root/train" --help >message && [ "$(grep -c -e '--no-NAME' message)" = 1 ] &&
@@ -225,6 +237,7 @@ refuse() { # status, words, arguments
 }
 : >empty; mkdir -p folder; printf 'short' >short; touch plain; echo junk >full/state.safetensors
 mkdir -p damaged; head -c 2000 before >damaged/state.safetensors
+refuse 2 'leave --preset out' --resume whole --preset small
 refuse 2 'unknown option' --stepz 5
 refuse 2 'from 1 to' --steps 0
 refuse 2 'whole number' --steps 1.5

@@ -39,8 +39,8 @@ static Options opt = {
 };
 
 static const char *const preset_names[] = {"default", "paper", "small", "shakespeare", NULL};
-// What a preset sets, as it would be typed. Options on the command line win. The paper's and the
-// small one leave nothing to the defaults: those may move, the figures of these shall not.
+// What a preset sets, as it would be typed. Options on the command line win. All but `default`
+// leave nothing to the defaults: those may move, the figures of these shall not.
 static const char *const presets[] = {
     "",
     "--channels 256 --latent 0 --taps 3 --blocks 3 --dilations 1,2,4 --block-form paper --no-tie "
@@ -51,9 +51,10 @@ static const char *const presets[] = {
     "--softcap 30 --steps 1200 --batch 16 --seq 256 --accum 1 --no-at-once --lr 4e-3 "
     "--min-lr 0 --warmup 50 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 "
     "--dropout 0.05 --byte-dropout 0.05 --eval-every 200",
-    "--taps 2 --dilations 1,2,4,8 --blocks 3 --block-form prenorm --tie --softcap 30 --dropout 0.2 "
-    "--byte-dropout 0.15 --weight-decay 4 --beta2 0.95 --lr 6e-3 --batch 64 --seq 512 "
-    "--steps 2900 --eval-every 500 --at-once",
+    "--channels 256 --latent 0 --taps 2 --blocks 3 --dilations 1,2,4,8 --block-form prenorm --tie "
+    "--softcap 30 --steps 2900 --batch 64 --seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 "
+    "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 "
+    "--byte-dropout 0.15 --eval-every 500",
 };
 static const char *const form_names[] = {"paper", "prenorm", NULL};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
@@ -66,12 +67,12 @@ static Option table[] = {
     INT("taps", SAVED, &opt.taps, 1, MAX_TAPS, "K", "taps of a conv"),
     INT("blocks", SAVED, &opt.blocks, 1, 1024, "N", "times the dilations are repeated"),
     INTS("dilations", SAVED, &opt.dilations, 1, 1 << 20, "LIST", "dilations of a block"),
-    CHOICE("block-form", SAVED, &opt.form, form_names, "FORM", "residual around"),
+    CHOICE("block-form", SAVED, &opt.form, form_names, "FORM", "residual round a block, or a conv"),
     FLAG("tie", SAVED, &opt.tie, "the head is the embedding, transposed"),
     NUMBER("softcap", SAVED, &opt.softcap, 0, 1e6, "S", "logits = S tanh(logits/S), 0 = off"),
     SECTION("training"),
     INT("steps", SAVED, &opt.steps, 1, 2e9, "N", "optimizer steps"),
-    INT("batch", SAVED, &opt.batch, 1, 1 << 20, "B", "windows held at a time"),
+    INT("batch", SAVED, &opt.batch, 1, 1 << 20, "B", "windows of a pass"),
     INT("seq", SAVED, &opt.seq, 1, 1 << 24, "T", "bytes of a window"),
     INT("accum", SAVED, &opt.accum, 1, 1 << 16, "N", "passes of `batch` windows per step"),
     FLAG("at-once", SAVED, &opt.at_once, "never half a batch on a GPU: faster, more memory"),
@@ -95,7 +96,7 @@ static Option table[] = {
     SECTION("the run"),
     TEXT("out", NOT_SAVED, &opt.out, "DIR", "where model, state and log go"),
     TEXT("resume", NOT_SAVED, &opt.resume, "DIR", "go on with the run in DIR"),
-    NUMBER("save-every", NOT_SAVED, &opt.save_every, 0, 1e9, "S", "seconds at least between saves"),
+    NUMBER("save-every", NOT_SAVED, &opt.save_every, 0, 1e9, "S", "seconds between savings"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
     TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "naive, tiled ...: the GPU kernels"),
@@ -363,7 +364,9 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
         Option *o = &table[i];
         const char *saved = o->saved ? checkpoint_get(ck, saved_key(i)) : NULL;
         if (!o->saved) continue;
-        if (!saved) return fail(e, "%s: no %s in its metadata", ck->name, saved_key(i));
+        if (!saved)
+            return fail(e, "%s: no %s in its metadata: another version of this program wrote it, "
+                           "start anew", ck->name, saved_key(i));
         if (o->given && strcmp(option_text(o, given, sizeof given), saved) != 0) {
             if (strcmp(o->name, "steps") != 0)
                 return fail(e, "%s: that run has --%s %s, not %s; leave the option out to go on "
@@ -485,10 +488,15 @@ static int open_log(Run *r, bool resumed, Error *e) {
                 machine_name(name, sizeof name), r->backend->name, threads_in_use());
         fprintf(out.file, "# %zu parameters, receptive field %lld bytes\n#", r->model.n_params,
                 (long long)config_receptive_field(&r->config));
-        for (int i = 0; i < N_OPTIONS; i++)
-            if (table[i].saved)
-                fprintf(out.file, " --%s %s", table[i].name,
-                        option_text(&table[i], value, sizeof value));
+        for (int i = 0; i < N_OPTIONS; i++) {  // as they would be typed
+            const Option *o = &table[i];
+            if (!o->saved) continue;
+            option_text(o, value, sizeof value);
+            if (o->kind == OPT_FLAG)
+                fprintf(out.file, " --%s%s", *(bool *)o->value ? "" : "no-", o->name);
+            else if (*value)
+                fprintf(out.file, " --%s %s", o->name, value);
+        }
         fprintf(out.file, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
     }
     if (output_commit(&out, e)) return -1;
@@ -500,8 +508,9 @@ static int open_log(Run *r, bool resumed, Error *e) {
 static int make_folder(Error *e) {
     char path[4096], aside[4096];
     struct stat st;
-    path_in_out(path, sizeof path, "state.safetensors");
-    if (stat(path, &st) == 0) {
+    bool there = stat(path_in_out(path, sizeof path, "state.safetensors"), &st) == 0 ||
+                 stat(path_in_out(path, sizeof path, "model.safetensors"), &st) == 0;
+    if (there) {
         for (int i = 1; i < 100000; i++) {
             snprintf(aside, sizeof aside, "%s.%d", opt.out, i);
             if (stat(aside, &st) != 0) break;
@@ -643,9 +652,10 @@ static const char *find_culprit(Run *r) {
 // still those of that step.
 static void stop_not_finite(Run *r, const StepFigures *f) {
     Error e;
-    fail(&e, "step %lld: %s is not finite (loss %g, gradient norm %g). That step changed nothing; "
-             "the last good checkpoint stays in %s. Try a lower --lr, more --warmup or --clip 1",
-         (long long)r->step + 1, find_culprit(r), (double)f->loss, (double)f->grad_norm, opt.out);
+    fail(&e, "step %lld: %s is not finite (loss %g, gradient norm %g). That step changed "
+             "nothing%s%s. Try a lower --lr, more --warmup or --clip 1",
+         (long long)r->step + 1, find_culprit(r), (double)f->loss, (double)f->grad_norm,
+         r->best_step ? "; the best before it stays in " : "", r->best_step ? opt.out : "");
     stop_run(r, &e);
 }
 
@@ -677,6 +687,12 @@ static void evaluate(Run *r) {
     double loss = NAN;
     if (r->data.n_held_out > 0) {
         loss = held_out_loss(r);
+        if (!isfinite(loss)) {
+            Error e;
+            fail(&e, "step %lld: the held-out loss is not finite. Try a lower --lr, more "
+                     "--warmup or --clip 1", (long long)r->step);
+            stop_run(r, &e);
+        }
         better = loss < r->best;
         end_line(r);
         fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
@@ -753,6 +769,7 @@ static int begin(Run *r, Error *e) {
     }
     r->config = config_of_options();
     r->best = INFINITY;
+    r->saved_step = -1;  // nothing yet
     if (config_check(&r->config, e)) return -1;
     if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
     if (r->backend != &cpu_backend && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
@@ -778,6 +795,9 @@ int main(int argc, char **argv) {
     apply_preset(&r->cli);
     if (opt.resume && find_option(&r->cli, "out", 3)->given)
         usage_error(&r->cli, "--resume DIR goes on in DIR: leave --out out%s%s", "", "");
+    if (opt.resume && find_option(&r->cli, "preset", 6)->given)
+        usage_error(&r->cli, "--resume DIR goes on with that run's options: leave --preset out%s%s",
+                    "", "");
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
