@@ -27,6 +27,7 @@ enum {
 };
 static const char version[] = "1";
 
+// FNV-1a: xor a byte, multiply by the 64-bit FNV prime, 2^40 + 2^8 + 0xb3.
 uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n) {
     for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
     return hash;
@@ -37,6 +38,7 @@ uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n) {
 int output_open(Output *out, const char *path, bool replace, Error *e) {
     *out = (Output){0};
     struct stat st;
+    // lstat, because a link that points nowhere is there, too, and the rename would replace it.
     bool there = lstat(path, &st) == 0;
     if (there && S_ISDIR(st.st_mode))
         return fail(e, "%.200s is a directory, expected a file", path);
@@ -44,6 +46,7 @@ int output_open(Output *out, const char *path, bool replace, Error *e) {
         return fail(e, "%.200s exists: choose another name, or overwrite it with --force", path);
     size_t n = strlen(path);
     out->path = malloc(n + 1);
+    // ".tmp" and its NUL
     out->temporary = malloc(n + 5);
     if (!out->path || !out->temporary) {
         output_abandon(out);
@@ -90,8 +93,11 @@ static int write_failed(const Output *out, int reason, Error *e) {
 
 int output_commit(Output *out, Error *e) {
     errno = 0;
+    // In this order: bytes on disk, then the name. A name that came first could stand for an empty
+    // file after a crash.
     bool ok = !ferror(out->file) && fflush(out->file) == 0 && fsync(fileno(out->file)) == 0;
     int reason = errno;
+    // Some file systems say only here that the disk is full.
     bool closed = fclose(out->file) == 0;
     out->file = NULL;
     if (ok && !closed) reason = errno;
@@ -114,6 +120,7 @@ int output_commit(Output *out, Error *e) {
 
 // ---- What both directions share: the configuration as text, and the layout ----------------------
 
+// Whole numbers come first: `key <= BLOCKS` below.
 enum { CHANNELS, LATENT, TAPS, BLOCKS, DILATIONS, BLOCK_FORM, TIE, SOFTCAP, CONFIG_KEYS };
 static const char *const config_keys[CONFIG_KEYS] = {"channels",  "latent",     "taps", "blocks",
                                                      "dilations", "block_form", "tie",  "softcap"};
@@ -122,6 +129,7 @@ typedef struct {
     char s[MAX_DILATIONS * 12];
 } ConfigText;
 
+// One value of the configuration as the metadata has it.
 static ConfigText config_text(const Config *c, int key) {
     ConfigText t = {""};
     const int number[] = {
@@ -156,6 +164,8 @@ static bool config_from_text(Config *c, int key, const char *text) {
     if (key <= BLOCKS) {
         if (!parse_int(&s, number[key])) return false;
     } else if (key == BLOCK_FORM) {
+        // Anything else becomes the other form, whose text is not this one: refused below. For tie
+        // the same.
         c->form = strcmp(text, form_names[BLOCK_PRENORM]) == 0 ? BLOCK_PRENORM : BLOCK_PAPER;
     } else if (key == TIE) {
         c->tie = strcmp(text, "yes") == 0;
@@ -186,10 +196,12 @@ static size_t our_index(const Tensor *t, size_t i) {
     if (same_layout(t)) return i;
     size_t K = t->ndim == 3 ? (size_t)t->dims[0] : 1;
     size_t C = (size_t)t->dims[t->ndim - 2], O = (size_t)t->dims[t->ndim - 1];
+    // i = (o*C + c)*K + k in the file; ours has tap K-1-k there, k = 0 being the current byte
     size_t k = i % K, c = i / K % C, o = i / K / C;
     return ((K - 1 - k) * C + c) * O + o;
 }
 
+// role/tensor, or the tensor's name alone where the role is "". At most 15 + 1 + 100 bytes.
 static void full_name(char name[MAX_NAME + 1], const char *role, const char *tensor) {
     snprintf(name, MAX_NAME + 1, "%.15s%s%.100s", role, *role ? "/" : "", tensor);
 }
@@ -198,9 +210,11 @@ static void full_name(char name[MAX_NAME + 1], const char *role, const char *ten
 static int utf8_length(const uint8_t *p, const uint8_t *end) {
     if (p[0] < 0x80) return 1;
     int n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
+    // 80..BF continue a character, C0 and C1 would begin overlong ones, F5.. lie beyond U+10FFFF.
     if (p[0] < 0xC2 || p[0] > 0xF4 || end - p < n) return 0;
     for (int i = 1; i < n; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
+    // Overlong; surrogates, U+D800 to U+DFFF; overlong; beyond U+10FFFF.
     if (p[0] == 0xE0 && p[1] < 0xA0) return 0;
     if (p[0] == 0xED && p[1] > 0x9F) return 0;
     if (p[0] == 0xF0 && p[1] < 0x90) return 0;
@@ -216,6 +230,7 @@ typedef struct {
     bool failed;  // out of memory: checked once, at the end
 } Text;
 
+// Adds at most 511 bytes; more, or no memory, sets t->failed, and so t is not used.
 static void append(Text *t, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -237,6 +252,7 @@ static void append(Text *t, const char *format, ...) {
     t->n += (size_t)n;
 }
 
+// A quoted JSON string. No piece is longer than 6 bytes, so a value may be of any length.
 static void append_string(Text *t, const char *s) {
     const uint8_t *p = (const uint8_t *)s, *end = p + strlen(s);
     append(t, "\"");
@@ -277,6 +293,7 @@ static Text make_header(const Model *m, const Role *roles, int n_roles, const Pa
     append(&t, "%0*d\"", CHECKSUM_DIGITS, 0);
     for (int key = 0; key < CONFIG_KEYS; key++)
         append(&t, ",\"%s\":\"%s\"", config_keys[key], config_text(&m->config, key).s);
+    // A model file's one role is "": it has no such entry.
     if (*roles[0].name) append(&t, ",\"roles\":\"");
     for (int i = 0; i < n_roles; i++) append(&t, i ? ",%s" : "%s", roles[i].name);
     if (*roles[0].name) append(&t, "\"");
@@ -300,6 +317,7 @@ static Text make_header(const Model *m, const Role *roles, int n_roles, const Pa
         offset += bytes;
     }
     append(&t, "}");
+    // 8 bytes of length stand before the header: with it a multiple of 8, the data is aligned.
     while (t.n % 8 && !t.failed) append(&t, " ");
     return t;
 }
@@ -312,6 +330,7 @@ static int write_values(Output *out, const Item *item, uint64_t *hash, Error *e)
         size_t n = t->size - i0 < CHUNK ? t->size - i0 : CHUNK;
         for (size_t i = 0; i < n; i++) {
             float x = (float)item->values[t->offset + our_index(t, i0 + i)];
+            // Infinity and NaN, also what is finite as a double and too large for a float.
             if (x - x != 0)
                 return fail(e, "value %zu of %s is not finite: not saved", i0 + i, item->name);
             uint32_t bits;
@@ -330,6 +349,7 @@ static int write_file(Output *out, const Text *header, size_t checksum_at, const
     FILE *f = out->file;
     uint8_t length[8];
     for (int b = 0; b < 8; b++) length[b] = (uint8_t)((uint64_t)header->n >> (8 * b));
+    // What fails here sets the stream's error, and output_commit refuses.
     fwrite(length, 1, sizeof length, f);
     fwrite(header->s, 1, header->n, f);
     uint64_t hash = checksum_add(CHECKSUM_START, header->s, header->n);
@@ -352,6 +372,7 @@ int checkpoint_save(const char *path, const Model *m, const Role *roles, int n_r
             *item = (Item){.tensor = &m->tensors[i], .values = roles[r].values};
             full_name(item->name, roles[r].name, m->tensors[i].name);
         }
+    // By name, so that the file does not depend on the order in which roles were given.
     qsort(items, n_items, sizeof *items, by_item_name);
     Text header = make_header(m, roles, n_roles, pairs, n_pairs, items, n_items, &checksum_at);
     Output out = {0};
@@ -397,12 +418,14 @@ static int malformed(const Json *j, const char *expected) {
                (size_t)(j->p - j->ck->header), expected);
 }
 
+// Leaves p at it.
 static char peek(Json *j) {  // the next character that is not white space, 0 at the end
     while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\r' || *j->p == '\t'))
         j->p++;
     return j->p < j->end ? *j->p : 0;
 }
 
+// Takes c, after white space; anything else is malformed.
 static int expect(Json *j, char c) {
     const char text[] = {'\'', c, '\'', 0};
     if (peek(j) != c) return malformed(j, text);
@@ -410,6 +433,7 @@ static int expect(Json *j, char c) {
     return 0;
 }
 
+// The XXXX of \uXXXX.
 static int hex4(Json *j, uint32_t *out) {
     *out = 0;
     for (int i = 0; i < 4; i++, j->p++) {
@@ -428,7 +452,9 @@ static int hex4(Json *j, uint32_t *out) {
 static int unicode_escape(Json *j, char **to) {
     uint32_t c, low;
     if (hex4(j, &c)) return -1;
+    // Strings end in NUL here: one inside would hide the rest from every comparison.
     if (c == 0) return malformed(j, "no NUL in a string");
+    // Beyond U+FFFF JSON writes two escapes: a high surrogate, 10 bits, then a low one, 10 more.
     if (c >= 0xD800 && c < 0xE000) {
         bool pair = c < 0xDC00 && j->end - j->p > 2 && j->p[0] == '\\' && j->p[1] == 'u';
         if (pair) j->p += 2;
@@ -436,6 +462,7 @@ static int unicode_escape(Json *j, char **to) {
             return malformed(j, "a surrogate pair");
         c = 0x10000 + ((c - 0xD800) << 10) + (low - 0xDC00);
     }
+    // \uXXXX, 6 bytes, becomes 1 to 3; a pair, 12 bytes, becomes 4.
     int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
     static const uint8_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
     for (int i = n - 1; i > 0; i--, c >>= 6) (*to)[i] = (char)(0x80 | (c & 0x3F));
@@ -462,6 +489,7 @@ static int parse_string(Json *j, const char **out, size_t most) {
         } else {
             int n = utf8_length((uint8_t *)j->p, (uint8_t *)j->end);
             if (n == 0) return malformed(j, "valid UTF-8");
+            // `to` lags behind p once an escape has become shorter: the two may overlap.
             memmove(to, j->p, (size_t)n);
             to += n;
             j->p += n;
@@ -501,6 +529,7 @@ static int parse_numbers(Json *j, uint64_t *out, int most, int *n) {
     return 0;
 }
 
+// {"key": "value", ...}: nothing but strings, no key twice, MAX_PAIRS at most.
 static int parse_metadata(Json *j) {
     Checkpoint *ck = j->ck;
     if (expect(j, '{')) return -1;
@@ -553,9 +582,11 @@ static int parse_tensor(Json *j, Entry *entry) {
 
 // A tensor's shape, size and place agree with each other and lie within the file.
 static int check_span(const Checkpoint *ck, const Entry *t, Error *e) {
+    // 4: float32
     uint64_t bytes = 4, there = ck->size - ck->data;
     for (int i = 0; i < t->ndim; i++) {
         if (t->dims[i] == 0) return bad(ck, e, "tensor %.60s has a dimension of 0", t->name);
+        // Asked before the product is made: one that has wrapped round could fit the span.
         if (bytes > UINT64_MAX / t->dims[i])
             return bad(ck, e, "the shape of tensor %.60s overflows 64 bits", t->name);
         bytes *= t->dims[i];
@@ -570,6 +601,8 @@ static int check_span(const Checkpoint *ck, const Entry *t, Error *e) {
     return 0;
 }
 
+// {"__metadata__": {...}, "name": {...}, ...} and spaces. Every tensor that it takes lies inside
+// the file and has the size of its shape.
 static int parse_header(Json *j) {
     Checkpoint *ck = j->ck;
     bool metadata = false;
@@ -587,6 +620,7 @@ static int parse_header(Json *j) {
         }
         if (parse_tensor(j, &entry) || check_span(ck, &entry, j->e)) return -1;
         if (ck->n_entries == j->room) {
+            // An entry costs the file at least its braces and names, so memory stays in proportion.
             size_t room = 2 * j->room + 64;
             Entry *more = realloc(ck->entries, room * sizeof *more);
             if (!more) return bad(ck, j->e, "out of memory");
@@ -617,6 +651,7 @@ static int check_cover(Checkpoint *ck, Error *e) {
     qsort(ck->entries, ck->n_entries, sizeof *ck->entries, by_begin);
     for (size_t i = 0; i < ck->n_entries; i++) {
         const Entry *t = &ck->entries[i];
+        // No span is empty (check_span), so two tensors cannot share a beginning unseen.
         if (t->begin != at)
             return bad(ck, e, "tensor %.60s starts at byte %llu of the data, %s %llu", t->name,
                        (unsigned long long)t->begin,
@@ -634,6 +669,7 @@ static int check_cover(Checkpoint *ck, Error *e) {
     return 0;
 }
 
+// Is it ours, of this version, and does it say every value of a configuration that can be?
 static int read_config(Checkpoint *ck, Error *e) {
     const char *model = checkpoint_get(ck, "model"), *made = checkpoint_get(ck, "version");
     if (!model || strcmp(model, "fuzzytok"))
@@ -648,6 +684,7 @@ static int read_config(Checkpoint *ck, Error *e) {
             return bad(ck, e, "the metadata has %s%.60s for %s",
                        text ? "the invalid value " : "nothing", text ? text : "", config_keys[key]);
     }
+    // config_check's words, with the file's name before them.
     Error why;
     return config_check(&ck->config, &why) ? bad(ck, e, "the metadata is wrong: %.200s", why.text)
                                            : 0;
@@ -662,6 +699,7 @@ static int read_roles(Checkpoint *ck, Error *e) {
     if (strlen(text) >= sizeof ck->role_names) return bad(ck, e, "the list of roles is too long");
     memcpy(ck->role_names, text, strlen(text) + 1);
     for (char *s = ck->role_names; *s; s++) {
+        // A comma too many falls through, to where it is no letter.
         if (*s == ',' && ck->n_roles < MAX_ROLES) {
             *s = 0;
             ck->roles[ck->n_roles++] = s + 1;
@@ -679,6 +717,7 @@ static int read_roles(Checkpoint *ck, Error *e) {
     return 0;
 }
 
+// After check_cover, which has sorted the entries. NULL: no such tensor.
 static Entry *find(const Checkpoint *ck, const char *role, const char *tensor) {
     char name[MAX_NAME + 1];
     full_name(name, role, tensor);
@@ -686,6 +725,7 @@ static Entry *find(const Checkpoint *ck, const char *role, const char *tensor) {
     return bsearch(&key, ck->entries, ck->n_entries, sizeof key, by_name);
 }
 
+// The tensor is there, in the shape that the model has; its entry is marked as known.
 static int check_tensor(const Checkpoint *ck, const char *role, const Tensor *t, Error *e) {
     Entry *entry = find(ck, role, t->name);
     if (!entry) return bad(ck, e, "tensor %s%s%s is missing", role, *role ? "/" : "", t->name);
@@ -706,6 +746,7 @@ static int check_tensor(const Checkpoint *ck, const char *role, const Tensor *t,
 // The file's tensors are those of the configuration, once per role.
 static int check_tensors(Checkpoint *ck, Error *e) {
     // A file of a few bytes may claim a million layers: no table is made for it.
+    // (A conv has two tensors at least, weight and bias.)
     size_t convs = (size_t)ck->config.blocks * (size_t)ck->config.n_dilations;
     if (ck->n_entries / 2 < convs)
         return bad(ck, e, "%zu tensors, too few for the %zu convs of the metadata", ck->n_entries,
@@ -725,6 +766,7 @@ static int check_tensors(Checkpoint *ck, Error *e) {
 
 // ---- Reading: from file or memory ---------------------------------------------------------------
 
+// n bytes at an offset of the file, which the caller knows to be inside it.
 static int read_at(const Checkpoint *ck, uint64_t offset, void *to, size_t n, Error *e) {
     if (ck->bytes) {
         memcpy(to, ck->bytes + offset, n);
@@ -740,11 +782,14 @@ static int read_at(const Checkpoint *ck, uint64_t offset, void *to, size_t n, Er
 static int verify_checksum(const Checkpoint *ck, Error *e) {
     const char *said = checkpoint_get(ck, "checksum");
     if (!said) return 0;
+    // From the file once more: the header in memory has been unescaped in place. Where a string
+    // starts has not moved, so its place in memory is its place in the file.
     uint64_t hash = CHECKSUM_START, digits_at = 8 + (uint64_t)(said - ck->header);
     uint8_t bytes[4 * CHUNK];
     for (uint64_t at = 8; at < ck->size; at += sizeof bytes) {
         size_t n = ck->size - at < sizeof bytes ? (size_t)(ck->size - at) : sizeof bytes;
         if (read_at(ck, at, bytes, n, e)) return -1;
+        // The digits may lie across two pieces.
         for (uint64_t i = digits_at; i < digits_at + CHECKSUM_DIGITS; i++)
             if (i >= at && i < at + n) bytes[i - at] = '0';
         hash = checksum_add(hash, bytes, n);
@@ -766,6 +811,7 @@ static int read_header(Checkpoint *ck, Error *e) {
     uint64_t n = 0;
     if (ck->size < 8) return bad(ck, e, "not a safetensors file: %d bytes long", (int)ck->size);
     if (read_at(ck, 0, length, 8, e)) return -1;
+    // Little-endian on any machine; bounded before it is added to or allocated.
     for (int b = 0; b < 8; b++) n |= (uint64_t)length[b] << (8 * b);
     if (n > ck->size - 8 || n > MAX_HEADER)
         return bad(ck, e,
@@ -782,6 +828,7 @@ static int read_header(Checkpoint *ck, Error *e) {
     return verify_checksum(ck, e);
 }
 
+// The common end of both; on failure nothing stays open or allocated.
 static int open_from(Checkpoint *ck, const char *name, Error *e) {
     ck->name = strdup(name);
     int status = ck->name ? read_header(ck, e) : fail(e, "out of memory");
@@ -798,6 +845,7 @@ int checkpoint_open(Checkpoint *ck, const char *path, Error *e) {
     *ck = (Checkpoint){0};
     struct stat st;
     if (stat(path, &st)) return fail(e, "cannot read %.200s: %s", path, strerror(errno));
+    // A pipe would have no size, and to open one could wait for ever.
     if (!S_ISREG(st.st_mode))
         return fail(e, "%.200s is %s, expected a safetensors file", path,
                     S_ISDIR(st.st_mode) ? "a directory" : "not a regular file");
@@ -843,6 +891,7 @@ int checkpoint_match(const Checkpoint *ck, const Config *c, Error *e) {
     return *list ? bad(ck, e, "another configuration: %s", list) : 0;
 }
 
+// The inverse of write_values: every value of a tensor to its place in host.
 static int read_values(const Checkpoint *ck, const Tensor *t, const Entry *entry, real *host,
                        Error *e) {
     uint8_t bytes[4 * CHUNK];

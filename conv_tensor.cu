@@ -80,6 +80,7 @@ INLINE uint32_t pack(float lo, float hi) {  // rounded to nearest, ties to even
     __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
     return *(uint32_t *)&p;
 }
+// A bf16 is the upper half of a float32: to widen it takes a shift or a mask, no conversion.
 INLINE float low(uint32_t w) { return __uint_as_float(w << 16); }
 INLINE float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
 INLINE void unpack8(uint4 v, float f[8]) {
@@ -103,6 +104,7 @@ INLINE void draw_kept(uint32_t kept[2], const Dropout *d, uint32_t step, uint64_
         Philox r = dropout_draw(d->seed, d->purpose, step, row, col + 32 * g, width);
 #pragma unroll
         for (int w = 0; w < 4; w++)
+            // Compares four bytes at a time, 0xFF where kept; words 0 and 1 are the lower row's.
             kept[w / 2] |= __vcmpgeu4(r.v[w], thresholds) & 0x01010101u << (2 * g + w % 2);
     }
 }
@@ -171,7 +173,9 @@ INLINE void finish_forward8(const ConvEnd *end, uint4 v[2], const uint4 side[2],
 }
 
 // forward:  a = scale * gelu(pre)      dpre = da * scale * gelu'(pre), and a once more
-// side is pre, and the dx to add to is read only here; or, without pre, side is that dx.
+// side is pre, and the dx to add to is read only here; or, without pre, side is that dx. All are
+// read and written by this thread alone, so dx and pre may change in place without a barrier.
+// Bytes a value: 2 for each of dx read, dx, pre read, pre, a that is there.
 INLINE void finish_backward8(const ConvEnd *end, uint4 v[2], uint4 side[2], const bool inside[2],
                              size_t i, int width) {
     const bool on = end->pre != NULL;
@@ -321,7 +325,8 @@ INLINE void mma(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Sends for A and B of a step; neighbouring lanes copy neighbouring 16 bytes of a line. `begin`:
+// Sends for A and B of a step, 4096 bytes each, two pieces of 16 bytes of either for every thread;
+// neighbouring lanes copy neighbouring 16 bytes of a line, 4 or 8 lanes to a line. `begin`:
 // first row of the slab. What lies outside is not addressed: its copy reads nothing and writes 0.
 template <MmaMode MODE>
 INLINE void mma_copy(const MmaArgs *a, uint32_t at, int m0, int n0, int step, int begin, int tap) {
@@ -352,7 +357,8 @@ INLINE void mma_copy(const MmaArgs *a, uint32_t at, int m0, int n0, int step, in
     copy_commit();
 }
 
-// A step's products: the warp's 32 x 32 sums from row wm, column wn of the tile.
+// A step's products: the warp's 32 x 32 sums from row wm, column wn of the tile. For 16 values of r
+// that is 4 ldmatrix and 8 mma: a fragment of A serves four mma, one of B two.
 template <MmaMode MODE>
 INLINE void mma_multiply(float acc[2][4][4], uint32_t stage, int wm, int wn) {
     const int lane = threadIdx.x % 32;
@@ -383,7 +389,10 @@ INLINE void mma_multiply(float acc[2][4][4], uint32_t stage, int wm, int wn) {
     }
 }
 
-// The sums go through shared memory as bf16, so that each thread finishes eight channels at a time.
+// The sums go through shared memory as bf16, so that each thread finishes eight channels at a time:
+// mma leaves a lane two neighbours of a row, 4 bytes, where a store should have 16. Then eight
+// neighbouring lanes have the 128 bytes of a row of the tile. Its 64 lines of 144 bytes fit into
+// stage 0.
 template <MmaMode MODE>
 INLINE void mma_finish(const MmaArgs *a, char *smem, float acc[2][4][4], int m0, int n0, int wm,
                        int wn) {
@@ -422,7 +431,7 @@ INLINE void mma_finish(const MmaArgs *a, char *smem, float acc[2][4][4], int m0,
 }
 
 // A slab's share of dw[tap] as it stands in the accumulators, and of db: two threads summed a
-// column of dy.
+// column of dy. Four neighbouring lanes write 32 bytes of a row, a sector.
 INLINE void mma_store_weights(const MmaArgs *a, char *smem, float acc[2][4][4], float dy_sum,
                               float *part, int tap, int m0, int n0, int wm, int wn) {
     const ConvShape s = a->s;
@@ -445,7 +454,8 @@ INLINE void mma_store_weights(const MmaArgs *a, char *smem, float acc[2][4][4], 
 }
 #endif
 
-// Grid: x tiles of m, y tiles of n, z (WEIGHTS) tap + K*slab. y <= 1024 and z <= 528 + K.
+// Grid: x tiles of m, y tiles of n, z (WEIGHTS) tap + K*slab. y <= 1024 and z <= 528 + K. Four
+// warps share a tile's 64 x 64 sums, 32 x 32 each: 32 registers a thread.
 template <MmaMode MODE>
 __global__ void __launch_bounds__(MMA_THREADS) conv_mma(MmaArgs a) {
 #ifdef HAVE_MMA
@@ -493,7 +503,8 @@ __global__ void __launch_bounds__(MMA_THREADS) conv_mma(MmaArgs a) {
 #endif
 }
 
-// dw += the slabs' sums, db likewise, slab by slab: the same order, and bits, every time.
+// dw += the slabs' sums, db likewise, slab by slab: the same order, and bits, every time. A thread
+// per weight, neighbours next to each other.
 static __global__ void mma_add_slabs(float *dw, float *db, const float *part, size_t weights, int O,
                                      int slabs) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -875,7 +886,8 @@ INLINE void conv_copy(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBa
 
 // Four neighbouring lanes exchange four words each: lane q ends with word q of all four, in the
 // order of lanes. Accumulators have 2 columns of four groups of 8 in a lane; afterwards a lane has
-// 8 columns of one group: one 16-byte store, and half of a draw of dropout.
+// 8 columns of one group: one 16-byte store, and half of a draw of dropout. Two rounds, with the
+// neighbour and then with the one after it: four shuffles, no shared memory and no barrier.
 INLINE void transpose_quad(uint32_t w[4]) {
     const unsigned all = 0xFFFFFFFFu;
     int q = threadIdx.x;
@@ -972,6 +984,7 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
         const size_t row = (size_t)b * a->T + t0 + row0, i0 = row * a->n_out + out0 + 8 * q;
         const bool inside[2] = {t0 + row0 < a->T, t0 + row0 + 8 < a->T};
         uint4 side[TILE_O / 16];  // read now: the products hide how long it takes
+        // Four neighbouring lanes: 64 bytes of a row; a warp: eight rows at a time.
 #pragma unroll
         for (int j = 0; j < TILE_O / 16; j++) {
             side[j] = make_uint4(0, 0, 0, 0);
@@ -1030,6 +1043,7 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
     // Through a shuffle, so that nvcc knows that it is the same in all of a warp.
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
     const int chunks = (a.n_in + CHUNK_C - 1) / CHUNK_C, parts = (a.n_out + TILE_O - 1) / TILE_O;
+    // Neighbouring blocks read the same rows, for other channels: the second finds them in L2.
     const int out0 = blockIdx.x % parts * TILE_O, first = blockIdx.x / parts;
     const int stride = gridDim.x / parts;
     const uint32_t weights = shared_addr(smem);
@@ -1252,6 +1266,7 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
                                       o_tile);
 
     const int tap = warp / 4 % TAPS, chunk = warp / 4 / TAPS;
+    // A tap is the same stage of x from another row on; every warpgroup reads all of dy.
     const Operand dy_op = operand(SWIZZLE_128, ring, DY_PART, 1024);
     const Operand x_op =
         operand_at(dy_op, DY_BYTES + chunk * a.x_bytes + (halo - tap * job->dil) * 128);
@@ -1282,6 +1297,8 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     __syncthreads();  // the ring is free for db's sums: no warp reads or multiplies in it any more
     finish_dy_sum<PARTS>(&a, (float2 *)smem, sum, job_n, o_tile * TILE_O, group, warp, lane);
     if (a.slabs > 1) {
+        // As they stand in the registers, not in dw's order: neighbouring threads write
+        // neighbouring 16 bytes, and the second kernel knows whose they are.
         float4 *part = a.part + threadIdx.x + (((size_t)blockIdx.z * a.groups + group) * a.slabs +
                                                blockIdx.y) * PIECES * THREADS;
 #pragma unroll
@@ -1299,6 +1316,8 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
 // dw += the slabs' sums, always in the same order. ADD_WAYS threads share what one float4 of an
 // accumulator holds: with few tiles there would else be too few loads on their way. Neighbouring
 // threads read neighbouring float4.
+// Bytes: slabs * 196,608 a tile of 3 x 64 x 256, written just before; then dw once read and once
+// written, 786,432 bytes a layer of C = O = 256, K = 3.
 // Grid: x the float4 of a tile's sums, and one more for db, y group, z (job, tile of o).
 template <int TAPS, int CHUNKS, int TILE_O>
 __global__ void __launch_bounds__(ADD_COLUMNS *ADD_WAYS)
@@ -1465,6 +1484,7 @@ static void conv_launch(const ConvEnd &end, const void *x, const bf16 *w, ConvSh
     size_t shared = (size_t)s.K * ceil_div(a.n_in, CHUNK_C) * CHUNK_BYTES * TILE_O +
                     (size_t)a.slots * a.stage_bytes + BARRIER_BYTES;
     // One block to a multiprocessor; and no more than gives the busiest as many tiles as it has.
+    // 16384 rows, two parts: 66 columns of blocks for 256 tiles give the busiest 4, so do 64.
     int parts = (int)ceil_div(a.n_out, TILE_O), most = gpu()->sms / parts;
     size_t busiest = ceil_div(a.tiles, most > 0 ? most : 1);
     launch(kernel, dim3((unsigned)(ceil_div(a.tiles, busiest) * parts)), CONV_THREADS, shared, &a,
@@ -1482,6 +1502,7 @@ template <bool BACKWARD>
 static void conv_tiles(const ConvEnd &end, const void *x, const bf16 *w, ConvShape s,
                        bool settled) {
     size_t tiles = s.B * ceil_div(s.T, SUM_TILE);
+    // C = 256: up to 16 tiles, 1024 rows. Each block fetches 49,152 bytes of weights for 196,608.
     if (tiles * ceil_div(BACKWARD ? s.C : s.O, 32) <= SMALL_BLOCKS)
         conv_taps<BACKWARD, 32>(end, x, w, s, settled);
     else
@@ -1540,7 +1561,8 @@ static double weight_cycles(const WeightPlan *p, size_t sums, size_t steps, size
     return cycles + bytes / L2_RATE + second;
 }
 
-// The best number of slabs for a tile: all blocks run at a time, and no slab has few rows.
+// The best number of slabs for a tile: all blocks run at a time, and no slab has few rows. Few are
+// left to choose from (at most 132 / tiles on an H100), so all are counted.
 static WeightPlan weight_plan(const WeightJob *jobs, int n, ConvShape s, int chunks, int tile_o) {
     WeightPlan p = {0, 0, 1, 0, 0, INFINITY};
     for (int i = 0; i < n; i++) {
@@ -1629,7 +1651,7 @@ static void conv_backward_weight_wgmma(const WeightJob *jobs, int n, ConvShape s
         conv_backward_weight_mma(jobs, n, s, work);
         return;
     }
-    // Layers that fill the GPU alone gain nothing from company.
+    // Layers that fill the GPU alone gain nothing from company. (256 channels: 4 tiles a layer.)
     size_t tiles = ceil_div(s.C, 64) * ceil_div(s.O, MAX_TILE_O);
     int at_once = n * tiles <= (size_t)gpu()->sms ? n : 1;
     for (int i = 0; i < n; i += at_once) {

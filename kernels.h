@@ -141,6 +141,8 @@ extern cudaStream_t gpu_stream;
 // Notes an error. The first one stays until Backend.error() has reported it.
 void gpu_note(cudaError_t code, const char *what);
 #define CHECK(call) gpu_note(call, #call)
+// After every launch, which gives nothing to CHECK. What goes wrong while the kernel runs, a later
+// call notes.
 #define LAUNCHED(name) gpu_note(cudaGetLastError(), name)
 
 #define NAMED_KERNEL(act_type, op, name, launcher, used_by, idea)                   \
@@ -223,7 +225,8 @@ static inline __device__ void store_eight(bf16 *p, const float v[8]) {
     *(uint4 *)p = *(const uint4 *)w;
 }
 
-// The sum over a warp, the same bits in every lane.
+// The sum over a warp, the same bits in every lane: in each of the five rounds both partners add
+// the same two values.
 static inline __device__ float warp_sum(float v) {
     for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
     return v;

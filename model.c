@@ -45,6 +45,7 @@ int config_check(const Config *c, Error *e) {
             return fail(e, "dilation %d is %d, expected 1 to %d", i, c->dilations[i], 1 << 20);
     if (c->form != BLOCK_PAPER && c->form != BLOCK_PRENORM)
         return fail(e, "block form is %d, expected paper or prenorm", (int)c->form);
+    // Asked as "not within", which refuses a NaN, too.
     if (!(c->softcap >= 0 && c->softcap <= 1e6f))
         return fail(e, "softcap is %g, expected 0 (none) to 1e6", (double)c->softcap);
     if (c->tie && c->latent != c->channels)
@@ -53,6 +54,8 @@ int config_check(const Config *c, Error *e) {
     return 0;
 }
 
+// A tap more reaches `dil` bytes further, and layers add up. Within config_check's bounds the sum
+// stays below 2^43.
 int64_t config_receptive_field(const Config *c) {
     int64_t sum = 0;
     for (int i = 0; i < c->n_dilations; i++) sum += c->dilations[i];
@@ -75,6 +78,7 @@ static void add_tensor(Model *m, bool matrices, size_t *offset, const char *name
     *offset = t->offset;
 }
 
+// A gain is named .weight, as PyTorch names it: with one dimension, that tells it from a bias.
 static void add_norm(Model *m, bool matrices, Norm *n, const char *name) {
     char full[56];
     snprintf(full, sizeof full, "%s.weight", name);
@@ -83,6 +87,8 @@ static void add_norm(Model *m, bool matrices, Norm *n, const char *name) {
     add_tensor(m, matrices, &n->bias, full, 1, m->config.channels, 0, 0);
 }
 
+// Lists all matrices or all vectors, in the order in which forward uses them: names and offsets of
+// a model follow from its configuration alone.
 static void list_tensors(Model *m, bool matrices) {
     const Config *c = &m->config;
     char name[56];
@@ -100,6 +106,7 @@ static void list_tensors(Model *m, bool matrices) {
         add_tensor(m, matrices, &v->bias, name, 1, c->channels, 0, 0);
     }
     add_norm(m, matrices, &m->norm_out, "norm_out");
+    // A tied head is the embedding read backwards, and the latents are the last norm's output.
     if (c->tie) return;
     add_tensor(m, matrices, &m->proj, "proj.weight", 2, c->channels, c->latent, 0);
     add_tensor(m, matrices, &m->proj_bias, "proj.bias", 1, c->latent, 0, 0);
@@ -111,9 +118,12 @@ int model_describe(Model *m, Error *e) {
     const Config *c = &m->config;
     m->L = c->blocks * c->n_dilations;
     bool prenorm = c->form == BLOCK_PRENORM;
+    // What one residual spans: a conv, or the paper's whole block.
     m->U = prenorm ? m->L : c->blocks;
     m->convs = calloc((size_t)m->L, sizeof *m->convs);
     m->units = calloc((size_t)m->U, sizeof *m->units);
+    // At most 4 to a conv (gain, bias, weight, bias) and 9 round them: the embedding, two norms,
+    // and weight and bias of projection and head.
     m->tensors = calloc((size_t)m->L * 4 + 16, sizeof *m->tensors);
     m->x = calloc((size_t)m->U + 1, sizeof *m->x);
     if (!m->convs || !m->units || !m->tensors || !m->x) {
@@ -127,6 +137,7 @@ int model_describe(Model *m, Error *e) {
     }
     int per_unit = m->L / m->U;
     for (int u = 0; u < m->U; u++) m->units[u] = (Unit){.first = u * per_unit, .count = per_unit};
+    // Matrices first: params[0 .. n_decay-1] are what weight decay acts on.
     list_tensors(m, true);
     list_tensors(m, false);
     return 0;
@@ -146,6 +157,8 @@ static void *place(Arena *a, size_t bytes) {
     return p;
 }
 
+// Gives every activation array its place in a; returns the bytes that all take. Of (N,C) arrays
+// training keeps U+1 for x and L for pre, inference 2 and 1.
 static size_t place_activations(Model *m, Arena a, bool training) {
     const Config *c = &m->config;
     size_t N = (size_t)m->B * m->T, size = m->backend->act_bytes;
@@ -156,6 +169,7 @@ static size_t place_activations(Model *m, Arena a, bool training) {
         m->x[u] = training || u < 2 ? place(&a, N * C * size) : m->x[u - 2];
     for (int l = 0; l < m->L; l++)
         m->convs[l].pre = training || l < 1 ? place(&a, N * C * size) : m->convs[0].pre;
+    // h and z carry C channels between convs and D before the head: each is as wide as the wider.
     m->h = place(&a, N * wide * size);
     m->z = place(&a, N * wide * size);
     m->logits = place(&a, N * V * size);
@@ -167,6 +181,7 @@ static size_t place_activations(Model *m, Arena a, bool training) {
 
 // Notes that a role needs `bytes` and where its address goes; allocate() then takes all at once.
 static void plan(Model *m, const char *role, size_t bytes, void *address) {
+    // At most nine: eight in model_open, and the training text.
     m->memory[m->n_memory++] = (MemoryRole){.role = role, .bytes = bytes, .address = address};
 }
 
@@ -183,6 +198,8 @@ static int allocate(Model *m, Error *e) {
     bool enough = need <= there;
     for (int i = 0; i < m->n_memory && enough; i++) {
         MemoryRole *r = &m->memory[i];
+        // The field is a real *, a void * or a StepState *. To store through a void ** would break
+        // C's aliasing rules; copying the pointer's bytes does not.
         void *p = be->alloc(r->bytes);
         memcpy(r->address, &p, sizeof p);
         enough = p != NULL;
@@ -205,6 +222,8 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
                     1 << 27);
     if (training) {
         m->training = *training;
+        // The step's batch stays passes * B windows, and half the windows in a pass need half the
+        // activations. An odd B stays whole.
         bool halve = backend->pass_rows && !training->at_once;
         size_t most = halve ? backend->pass_rows((size_t)B * T) : SIZE_MAX;
         for (; m->B % 2 == 0 && (size_t)m->B * T > most; m->B /= 2) m->training.passes *= 2;
@@ -212,6 +231,8 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
     }
     if (model_describe(m, e)) return -1;
     size_t n = m->n_params * sizeof(real), N = (size_t)B * T;
+    // Scratch is shared by all layers, which run one after another: it must do for the widest, and
+    // the logits' V is one of the widths.
     int width = config->channels > config->latent ? config->channels : config->latent;
     plan(m, "parameters", n, &m->params);
     if (training) {
@@ -229,15 +250,18 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
         model_free(m);
         return -1;
     }
+    // The same walk again, now with memory under it.
     place_activations(m, (Arena){m->activations, 0}, training != NULL);
     return 0;
 }
 
 void model_free(Model *m) {
     const Backend *be = m->backend;
+    // A model that was only described (model_describe) has no backend and no memory.
     if (be) {
         if (m->recording) be->free_recording(m->recording);
         for (int i = 0; i < m->n_memory; i++) {
+            // NULL where allocate() gave up before this role.
             void *p;
             memcpy(&p, m->memory[i].address, sizeof p);
             if (p) be->free(p);
@@ -261,6 +285,7 @@ void model_write(Model *m, real *role, const real *host) {
 
 // Two normal numbers of one Philox draw, by Box and Muller.
 static void normal_pair(Philox r, double out[2]) {
+    // In double, on the host: every backend is given the same values.
     double u = (r.v[0] + 1.0) / 4294967296.0;  // in (0,1]: the logarithm is finite
     double angle = 6.283185307179586 * r.v[1] / 4294967296.0, radius = sqrt(-2 * log(u));
     out[0] = radius * cos(angle);
@@ -273,13 +298,17 @@ int model_init_params(Model *m, uint64_t seed, Error *e) {
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
         size_t n = strlen(t->name);
+        // 7 = strlen(".weight"). Of vectors only gains are named so: 1; all others are biases: 0.
         bool gain = t->ndim == 1 && n > 7 && strcmp(t->name + n - 7, ".weight") == 0;
+        // Terms in the sum of one output: K*C of a conv (K,C,O), C of a linear layer (C,O).
         int fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
         // Small where logits are made, so that a fresh model finds all bytes about equally likely.
         bool at_bytes = t->offset == m->embedding || (!m->config.tie && t->offset == m->head);
         double std = at_bytes ? 0.02 : 1 / sqrt((double)fan_in);
         for (size_t j = 0; j < t->size; j++) {
             size_t k = t->offset + j;
+            // A draw gives two normal numbers, values k = 2i and 2i+1 of the parameters: each is a
+            // function of seed and k.
             double pair[2] = {gain, gain};
             if (t->decay)
                 normal_pair(philox(seed, (uint32_t)(k / 2), (uint32_t)(k / 2 >> 32), 0, RNG_INIT),
@@ -288,6 +317,7 @@ int model_init_params(Model *m, uint64_t seed, Error *e) {
         }
     }
     model_write(m, m->params, host);
+    // The average begins at the parameters, not at 0: it needs no bias correction.
     if (m->ema) model_write(m, m->ema, host);
     free(host);
     return 0;
@@ -304,6 +334,8 @@ int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int 
     for (int i = 0; i < parts; i++) {
         starts[i] = bytes;
         bytes += length[i];
+        // A window is T+1 bytes, T inputs and the last one's target: it can start at bytes
+        // 0 .. length-T-1 of its text, and so never spans two texts.
         uint64_t fit = length[i] > (uint64_t)m->T ? length[i] - (uint64_t)m->T : 0;
         windows[i + 1] = windows[i] + fit;
     }
@@ -315,6 +347,7 @@ int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int 
         ok = false;
         fail(e, "not enough %s memory for %zu bytes of training text", m->backend->name, bytes);
     } else {
+        // Listed among the roles, so that model_free gives it back.
         plan(m, "training text", index + bytes, &m->text);
         m->backend->upload(m->text, host, index);
         m->backend->upload((char *)m->text + index, text, bytes);
@@ -330,9 +363,12 @@ int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int 
 // ---- The graph: forward ------------------------------------------------------------------------
 
 // The bound below which a random number of so many values drops with probability p.
+// values: 256 where dropout looks at 8 bits, 65536 where byte dropout looks at 16.
 static uint32_t threshold_of(float p, int values) { return (uint32_t)(p * (float)values + 0.5f); }
 
 // Dropout after conv l for a pass that starts at window `first` of the step's batch.
+// Layers draw under different purposes, passes from different rows of the batch: no number is used
+// twice, and how a batch is cut into passes does not change what is dropped.
 static Dropout dropout_of(const Model *m, int l, bool train, uint64_t first) {
     uint32_t threshold = train ? threshold_of(m->training.dropout, 256) : 0;
     return (Dropout){.threshold = threshold, .scale = 256.0f / (float)(256 - threshold),
@@ -346,12 +382,16 @@ static ConvShape conv_shape(const Model *m, int l) {
 }
 
 // A linear layer from C to O channels over all rows of the pass: a conv with one tap.
+// B and T do not matter to it: nothing reaches into another row, so B = 1 and T = N.
 static ConvShape linear_shape(const Model *m, int C, int O) {
     return (ConvShape){1, m->B * m->T, C, O, 1, 1};
 }
 
 act *model_latents(const Model *m) { return m->config.tie ? m->h : m->z; }
 
+// With f = dropout(gelu(..)), and the arrays that a unit goes through:
+//   paper:    x[u+1] = x[u] + f(conv(.. f(conv(x[u]))))      x[u] -> h -> z -> .. + x[u] -> x[u+1]
+//   prenorm:  x[u+1] = x[u] + f(conv(norm(x[u])))            x[u] -> norm -> h -> + x[u] -> x[u+1]
 void model_forward(Model *m, bool train, uint64_t first) {
     const Backend *be = m->backend;
     const Config *c = &m->config;
@@ -371,6 +411,7 @@ void model_forward(Model *m, bool train, uint64_t first) {
                 be->norm_forward(m->h, in, P + v->norm.gain, P + v->norm.bias, N, C);
                 in = m->h;
             }
+            // No conv writes what it reads: h and z take turns, and a unit's last goes into x[u+1].
             bool last = i == m->units[u].count - 1;
             act *out = last ? m->x[u + 1] : in == m->h ? m->z : m->h;
             be->conv_forward(out, v->pre, in, P + v->weight, P + v->bias, last ? m->x[u] : NULL,
@@ -378,6 +419,7 @@ void model_forward(Model *m, bool train, uint64_t first) {
             in = out;
         }
     }
+    // The head reads h (N,C); z (N,D) are the latents; out NULL: no activation follows.
     be->norm_forward(m->h, m->x[m->U], P + m->norm_out.gain, P + m->norm_out.bias, N, C);
     if (c->tie) {
         // logits[v] = sum_c E[v,c] h[c]: the embedding read backwards
@@ -394,6 +436,7 @@ void model_forward(Model *m, bool train, uint64_t first) {
 // ---- The graph: backward, the same lines from the bottom up ------------------------------------
 
 // One layer's weight and bias gradient; bias NO_BIAS: none.
+// (Not 0, which is a tensor's offset.)
 #define NO_BIAS SIZE_MAX
 static void weight_backward(const Model *m, size_t weight, size_t bias, const act *x, const act *dy,
                             ConvShape s) {
@@ -419,12 +462,15 @@ static void head_backward(Model *m, float scale) {
     act *dh;
     if (m->config.tie) {
         // forward:  logits[v] = sum_c E[v,c] h[c]
+        // As a conv it has dlogits (V channels) for its x and h for its dy:
+        //   dE[v,c] += dlogits[v] h[c]          dh[c] = sum_v dlogits[v] E[v,c]
         dh = m->z;
         weight_backward(m, m->embedding, NO_BIAS, m->logits, m->h, linear_shape(m, V, C));
         be->conv_forward(NULL, dh, m->logits, P + m->embedding, NULL, NULL, (Dropout){0},
                          linear_shape(m, V, C), m->work);
     } else {
         // forward:  z = h proj + b;  logits = z head + b       (dz replaces z, dh replaces h)
+        // Each weight gradient comes before the input gradient that overwrites what it reads.
         act *dz = m->z;
         weight_backward(m, m->head, m->head_bias, m->z, m->logits, linear_shape(m, D, V));
         be->conv_backward_input(dz, NULL, NULL, m->logits, P + m->head, 1, linear_shape(m, D, V),
@@ -434,6 +480,7 @@ static void head_backward(Model *m, float scale) {
         be->conv_backward_input(dh, NULL, NULL, dz, P + m->proj, 1, linear_shape(m, C, D), false,
                                 m->work);
     }
+    // forward:  h = norm_out(x[U])        dx is written: no other branch has reached x[U] so far
     act *x = m->x[m->U];
     be->norm_backward(x, G + m->norm_out.gain, G + m->norm_out.bias, NULL, top_pre(m, m->U - 1), dh,
                       x, P + m->norm_out.gain, P + m->norm_out.bias, scale, N, C, false, m->work);
@@ -445,6 +492,7 @@ typedef struct {
     int n;
 } WeightJobs;
 
+// Makes what waits. The shape is any conv's, they differ in dil only, which stands in the job.
 static void run_jobs(const Model *m, WeightJobs *w) {
     if (w->n) m->backend->conv_backward_weight(w->jobs, w->n, conv_shape(m, 0), m->work);
     w->n = 0;
@@ -464,6 +512,7 @@ static void paper_unit_backward(Model *m, int u, act *dx, float scale, WeightJob
     const Backend *be = m->backend;
     const real *P = m->params;
     int first = m->units[u].first, l = first + m->units[u].count - 1;
+    // head_backward, or the unit above, is done with both.
     act *free_arrays[2] = {m->h, m->z};
     int taken = 0;
 
@@ -471,14 +520,18 @@ static void paper_unit_backward(Model *m, int u, act *dx, float scale, WeightJob
         const Conv *v = &m->convs[l];
         if (taken == 2) run_jobs(m, waiting), taken = 0;  // gives h and z back
         act *read = free_arrays[taken++];
+        // forward:  x_l = f(pre_{l-1}),  pre_l = conv(x_l)      dx_l goes on to dpre_{l-1} unkept
         be->conv_backward_input(NULL, m->convs[l - 1].pre, read, v->pre, P + v->weight, scale,
                                 conv_shape(m, l), false, m->work);
         add_job(m, waiting, v, read);
     }
     const Conv *v = &m->convs[first];
+    // The unit's first conv read the residual stream, whose gradient also came by the residual
+    // itself: dx is added to. Complete, it goes on to the unit below's dpre.
     be->conv_backward_input(dx, top_pre(m, u - 1), NULL, v->pre, P + v->weight, scale,
                             conv_shape(m, first), true, m->work);
     add_job(m, waiting, v, m->x[u]);
+    // h and z are the next unit's from here on.
     run_jobs(m, waiting);
 }
 
@@ -488,8 +541,11 @@ static void prenorm_unit_backward(Model *m, int u, act *dx, float scale, WeightJ
     const Backend *be = m->backend;
     const real *P = m->params;
     const Conv *v = &m->convs[u];
+    // z = gradient of what norm gave: plain, as no activation lies between norm and conv.
     be->conv_backward_input(m->z, NULL, NULL, v->pre, P + v->weight, 1, conv_shape(m, u), false,
                             m->work);
+    // dx += what comes through the norm; the residual's own part stands in it already. x[u] is made
+    // into norm(x[u]) once it has been read: the weight gradient wants it.
     be->norm_backward(dx, m->grads + v->norm.gain, m->grads + v->norm.bias, m->x[u],
                       top_pre(m, u - 1), m->z, m->x[u], P + v->norm.gain, P + v->norm.bias, scale,
                       (size_t)m->B * m->T, m->config.channels, true, m->work);
@@ -499,10 +555,12 @@ static void prenorm_unit_backward(Model *m, int u, act *dx, float scale, WeightJ
 void model_backward(Model *m) {
     const real *P = m->params;
     real *G = m->grads;
+    // All layers drop with one probability: the scale of forward is one number.
     const float scale = dropout_of(m, 0, true, 0).scale;
     bool prenorm = m->config.form == BLOCK_PRENORM;
     WeightJobs waiting = {.n = 0};
     head_backward(m, scale);
+    // One array is the gradient of the residual stream all the way down: it ends as dx[0].
     act *dx = m->x[m->U];
     for (int u = m->U - 1; u >= 0; u--)
         (prenorm ? prenorm_unit_backward : paper_unit_backward)(m, u, dx, scale, &waiting);
@@ -520,23 +578,30 @@ static void step_body(void *arg) {
     const Backend *be = m->backend;
     const Training *t = &m->training;
     size_t N = (size_t)m->B * m->T;
+    // The loss is the mean over all the step's targets, so every pass adds its share.
     float scale = 1 / ((float)t->passes * (float)N);
+    // Every layer adds to its gradients, pass after pass.
     be->zero(m->grads, m->n_params * sizeof(real));
     for (int p = 0; p < t->passes; p++) {
+        // Windows of the batch that the passes before took.
         uint64_t first = (uint64_t)p * (uint64_t)m->B;
         be->draw_batch(m->ids, m->targets, m->corpus, m->state, t->seed,
                        threshold_of(t->byte_dropout, 65536), first, m->B, m->T);
         model_forward(m, true, first);
+        // From here on the logits are dlogits.
         be->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, scale, N);
         be->add_losses(m->state, m->losses, N, m->work);
         model_backward(m);
     }
+    // The factor makes the sum of the losses their mean, in nats per byte.
     be->optimize(m->params, m->grads, m->m, m->v, m->ema, m->n_params, m->n_decay, m->state,
                  1 / ((double)t->passes * (double)N), t->hyper, m->work);
 }
 
 void model_train_step(Model *m) {
     const Backend *be = m->backend;
+    // A recording holds addresses and sizes, and none of them changes while a model is open. What
+    // does change, the step's number, is read from m->state.
     if (be->record && !m->recording) m->recording = be->record(step_body, m);
     if (m->recording)
         be->replay(m->recording);
@@ -550,6 +615,7 @@ void model_losses(Model *m, const int *ids, const int *targets, real *losses) {
     be->upload(m->ids, ids, N * sizeof *ids);
     be->upload(m->targets, targets, N * sizeof *targets);
     model_forward(m, false, 0);
+    // Scale 0: the losses alone; the logits stay.
     be->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, 0, N);
     be->download(losses, m->losses, N * sizeof *losses);
 }
@@ -562,9 +628,12 @@ typedef struct {
 } Window;
 
 static Window window_at(const Model *m, size_t n, size_t from, size_t w) {
+    // Outputs context-1 .. T-1 of a window see all that they can reach: T - context + 1 of them,
+    // the stride. In a window that starts with the text there is no more to be seen.
     size_t context = (size_t)config_receptive_field(&m->config), T = (size_t)m->T;
     size_t stride = T - context + 1, score = from + w * stride;
     Window r = {.score = score, .count = n - score < stride ? n - score : stride};
+    // Then byte `score` is predicted by output context-1 of the window, the first to see enough.
     r.start = score > context ? score - context : 0;
     return r;
 }
@@ -591,11 +660,13 @@ int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *na
     }
     size_t windows = from < n ? (n - from + stride - 1) / stride : 0, base = from;
     for (size_t w0 = 0; w0 < windows; w0 += (size_t)m->B) {
+        // What no window fills is not scored and, the model being causal, not seen by what is.
         for (size_t i = 0; i < N; i++) ids[i] = 0, targets[i] = -1;
         size_t here = windows - w0 < (size_t)m->B ? windows - w0 : (size_t)m->B;
         for (size_t b = 0; b < here; b++) {
             Window v = window_at(m, n, base, w0 + b);
             for (size_t i = v.start; i + 1 < v.score + v.count; i++) {
+                // The output at byte i is for byte i+1.
                 ids[b * T + i - v.start] = text[i];
                 if (i + 1 >= v.score) targets[b * T + i - v.start] = text[i + 1];
             }
@@ -625,6 +696,7 @@ enum { ROW_BLOCK = 64 };  // rows per partial sum of a column reduction; part of
 static size_t blocks_of(size_t N) { return (N + ROW_BLOCK - 1) / ROW_BLOCK; }
 
 // sum[c] += the partial sums part[blk*stride + c], in the order of the blocks.
+// Threads share the columns, not the blocks: each sum keeps its order.
 static void add_partials(real *sum, const real *part, size_t blocks, size_t stride, int C) {
 #pragma omp parallel for schedule(static)
     for (int c = 0; c < C; c++)
@@ -634,6 +706,8 @@ static void add_partials(real *sum, const real *part, size_t blocks, size_t stri
 // ---- LayerNorm
 
 // Mean and 1/standard deviation of a row of C.
+// In double and in two passes: squares minus the squared mean would cancel. Over C, not C-1, as
+// LayerNorm has it.
 static void row_moments(const real *x, int C, real *mean, real *rstd) {
     double sum = 0, squares = 0;
     for (int c = 0; c < C; c++) sum += x[c];
@@ -659,12 +733,14 @@ static void cpu_norm_forward(act *out, const act *x, const real *gain, const rea
 // forward:  xhat = (x - mean) * rstd;  out = xhat * gain + bias.    With g = dout * gain,
 // mean and rstd being functions of x too (Ba, Kiros, Hinton, arXiv:1607.06450):
 //   dx = rstd * (g - average(g) - xhat * average(g * xhat))
+// (average(g) is what mean lets through, xhat * average(g * xhat) what rstd does)
 // One row; dgain and dbias are added to. dx may be x.
 static void norm_row_backward(real *dx, real *dgain, real *dbias, const real *dout, const real *x,
                               const real *gain, int C, bool accumulate) {
     real mean, rstd;
     row_moments(x, C, &mean, &rstd);
     double g_sum = 0, gx_sum = 0;
+    // The averages need the whole row, the gradient needs the averages: two walks.
     for (int c = 0; c < C; c++) {
         real xhat = (x[c] - mean) * rstd, g = dout[c] * gain[c];
         g_sum += g;
@@ -673,6 +749,7 @@ static void norm_row_backward(real *dx, real *dgain, real *dbias, const real *do
     real g_mean = (real)(g_sum / C), gx_mean = (real)(gx_sum / C);
     for (int c = 0; c < C; c++) {
         real xhat = (x[c] - mean) * rstd, g = dout[c] * gain[c];
+        // forward:  out = xhat * gain + bias
         dgain[c] += dout[c] * xhat;
         dbias[c] += dout[c];
         real d = rstd * (g - g_mean - xhat * gx_mean);
@@ -680,8 +757,11 @@ static void norm_row_backward(real *dx, real *dgain, real *dbias, const real *do
     }
 }
 
+// Stands with its forward, under GELU.
 static void act_row_backward(real *pre, real *a, const real *dout, real scale, int n);
 
+// Blocks of rows share the work. What they have in common, dgain and dbias, each sums for itself;
+// add_partials joins them.
 static void cpu_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
                               const act *dout, const act *x, const real *gain, const real *bias,
                               float scale, size_t N, int C, bool accumulate, void *work) {
@@ -695,7 +775,9 @@ static void cpu_norm_backward(act *dx, real *dgain, real *dbias, act *again, act
             const real *x_n = (const real *)x + n * C;
             real *dx_n = (real *)dx + n * C;
             norm_row_backward(dx_n, pg, pb, (const real *)dout + n * C, x_n, gain, C, accumulate);
+            // Only now: again may be x, dx has been made from it.
             if (again) norm_row((real *)again + n * C, x_n, gain, bias, C);
+            // forward, below:  x = res + scale * gelu(pre)
             if (pre) act_row_backward((real *)pre + n * C, NULL, dx_n, scale, C);
         }
     }
@@ -724,6 +806,7 @@ static void cpu_embed_backward(real *dtable, real *dgain, real *dbias, const act
                                const int *ids, const real *table, const real *gain, size_t N,
                                int C, void *work) {
     enum { COLUMNS = 16 };  // each thread owns whole columns and walks the rows in order
+    // drows (V+1,C): the gradient of each row of the normalised table; then one row (C) of dtable.
     real *drows = work, *dtable_row = drows + (size_t)(V + 1) * C;
     memset(drows, 0, (size_t)(V + 1) * C * sizeof *drows);
     // forward:  x[n] = rows[ids[n]]
@@ -735,6 +818,7 @@ static void cpu_embed_backward(real *dtable, real *dgain, real *dbias, const act
         }
     // forward:  rows[v] = norm(table[v]);  rows[BYTE_DROPPED] = bias
     for (int v = 0; v < V; v++) {
+        // Written into a row of its own and then added: += is the contract for parameters.
         norm_row_backward(dtable_row, dgain, dbias, drows + (size_t)v * C, table + (size_t)v * C,
                           gain, C, false);
         for (int c = 0; c < C; c++) dtable[(size_t)v * C + c] += dtable_row[c];
@@ -751,7 +835,9 @@ static void drop_row(real *pre, const Dropout *d, uint64_t row, int O) {
     uint32_t step = d->state->step;
     for (int o0 = 0; o0 < O; o0 += 8 * CALLS) {
         uint32_t words[2][CALLS], draws[8 * CALLS];
+        // Draws past O decide about nothing: a fixed count lets compilers make vectors of them.
         for (int i = 0; i < CALLS; i++) {
+            // 8 of the 16 numbers; the other 8 are drawn again when row ^ 8 has its turn.
             Philox r = dropout_draw(d->seed, d->purpose, step, row, o0 + 8 * i, O);
             for (int w = 0; w < 2; w++) words[w][i] = dropout_bits(r, row, w);
         }
@@ -764,6 +850,8 @@ static void drop_row(real *pre, const Dropout *d, uint64_t row, int O) {
 
 // out = res + scale * gelu(pre), n values; out may be pre or res. (0 + -0 is 0: no -0 comes out.)
 static void act_row(real *out, const real *pre, const real *res, real scale, int n) {
+    // a stands apart: out may be pre or res, and a loop that may write what it reads makes no
+    // vectors.
     real a[PIECE];
     for (int j0 = 0; j0 < n; j0 += PIECE) {
         int m = n - j0 < PIECE ? n - j0 : PIECE;
@@ -777,6 +865,7 @@ void gelu_row(real *out, const real *pre, const real *res, int n) { act_row(out,
 // forward:  a = scale * gelu(pre)          dpre = dout * scale * gelu'(pre), in the place of pre
 // a once more where it is not NULL.
 static void act_row_backward(real *pre, real *a, const real *dout, real scale, int n) {
+    // First a: the next line overwrites pre.
     for (int j = 0; j < n && a; j++) a[j] = scale * gelu(pre[j]);
     for (int j = 0; j < n; j++) pre[j] = dout[j] * (scale * gelu_grad(pre[j]));
 }
@@ -786,6 +875,7 @@ static void act_row_backward(real *pre, real *a, const real *dout, real scale, i
 // Softcap, softmax and cross-entropy of one row of V logits, in nats. With `scale` the row is
 // overwritten by scale * dloss/dlogits.
 static real cross_entropy_row(real *l, int target, real cap, real scale) {
+    // p: softcapped logits, then exp(p - top), of which none overflows and one is 1.
     real p[V], slope[V], top = 0;
     for (int v = 0; v < V; v++) {
         real t = cap > 0 ? real_tanh(l[v] / cap) : 0;
@@ -799,6 +889,7 @@ static real cross_entropy_row(real *l, int target, real cap, real scale) {
     for (int v = 0; v < V; v++) sum += p[v];
     if (scale != 0)
         // forward:  loss = log(sum_v exp(p_v)) - p_target
+        // dloss/dp_v = softmax(p)_v - (v is the target);  dp_v/dl_v = slope_v
         for (int v = 0; v < V; v++)
             l[v] = scale * slope[v] * (p[v] / (real)sum - (v == target ? 1 : 0));
     return (real)(log(sum) - at_target);
@@ -811,17 +902,21 @@ static void cpu_cross_entropy(real *losses, act *logits, const int *targets, flo
         real *l = (real *)logits + n * V;
         bool scored = targets[n] >= 0;
         losses[n] = scored ? cross_entropy_row(l, targets[n], cap, scale) : 0;
+        // A row without a target must not reach backward: its logits are no gradient.
         if (!scored && scale != 0) memset(l, 0, V * sizeof *l);
     }
 }
 
 static void cpu_add_losses(StepState *state, const real *losses, size_t N, void *work) {
+    // By one thread, in double, in the order of n: the same sum on every run.
     (void)work;
     for (size_t n = 0; n < N; n++) state->loss_sum += losses[n];
 }
 
 // ---- Data
 
+// Windows and bytes are numbered within the step's batch, from `first` windows on: what is drawn
+// does not depend on how the batch is cut into passes. A target is never dropped.
 static void cpu_draw_batch(int *ids, int *targets, Corpus c, const StepState *state, uint64_t seed,
                            uint32_t byte_threshold, uint64_t first, int B, int T) {
     for (int b = 0; b < B; b++) {
@@ -844,6 +939,7 @@ static double sum_squares(const real *x, size_t n, double *part) {
     size_t blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static)
     for (size_t blk = 0; blk < blocks; blk++) {
+        // Eight, because one sum would be a chain of additions, each waiting for the last.
         double sum[8] = {0};
         size_t end = n < (blk + 1) * BLOCK ? n : (blk + 1) * BLOCK;
         for (size_t i = blk * BLOCK; i < end; i++) sum[i % 8] += (double)x[i] * x[i];
@@ -858,8 +954,10 @@ static double sum_squares(const real *x, size_t n, double *part) {
 static void cpu_optimize(real *params, real *grads, real *m, real *v, real *ema, size_t n,
                          size_t n_decay, StepState *state, double loss_scale, Hyper h,
                          void *work) {
+    // One norm over all gradients: clipping scales them together and keeps their direction.
     double norm = sqrt(sum_squares(grads, n, work));
     AdamWStep a = adamw_begin(&h, state, norm, state->loss_sum * loss_scale);
+    // adamw_begin has put loss and norm into the ring, so the host can say what was not finite.
     state->loss_sum = 0;
     if (!a.finite) return;
 #pragma omp parallel for schedule(static)
@@ -873,6 +971,8 @@ static void cpu_optimize(real *params, real *grads, real *m, real *v, real *ema,
 //   out[t] looks back:   sum_k w[k]   x[t - k*dil]       zero where t - k*dil < 0
 //   dx[s]  looks ahead:  sum_k w[k]^T dout[s + k*dil]    zero where s + k*dil >= T
 //   dil = 4, K = 3    o-------o-------o      forward reads t-8, t-4, t;  backward reads s, s+4, s+8
+//
+// Each of the three products, forward and the two gradients, is 2 N K C O operations.
 //
 // One tile of outputs makes all three products: ROWS x COLS sums that stay in registers. Per c it
 // loads COLS/16 vectors of weights and ROWS scalars of x for ROWS*COLS multiply-adds. AVX-512 has
@@ -905,8 +1005,11 @@ static inline real muladd(real a, real b, real c) {
 
 // out[r][j] += sum_k sum_c x[k*ROWS + r][c*step] * w[(k*depth + c)*stride + j], in this order.
 // noinline: merged into a caller that knows K, gcc 12 takes acc out of the registers.
+// step: from one term to the next, 1 along a row of x, C along time.
 static __attribute__((noinline)) void tile(real out[ROWS][COLS], const real *const *x, size_t step,
                                            const real *w, size_t stride, int K, int depth) {
+    // x moves on by ROWS pointers per tap, w by one row per tap and channel. The loop over r must
+    // be unrolled whole (ROWS <= 16): registers cannot be indexed by a variable.
     real acc[ROWS][COLS];  // a local array: nothing else can point at it
     memcpy(acc, out, sizeof acc);
     for (int k = 0; k < K; k++, x += ROWS)
@@ -943,6 +1046,8 @@ void conv_rows(real *const *out, const real *const *rows, int n, const real *w, 
                int K, int C, int O) {
     for (int j = 0; j < n; j++)
         for (int o = 0; o < O; o++) out[j][o] = b ? b[o] : 0;
+    // WIDE columns while there is one row alone, then tiles, then what is left. Each continues the
+    // chain that b begins, so which of them makes an output does not show in its bits.
     int o0 = 0;
     for (; n == 1 && O - o0 >= WIDE; o0 += WIDE)
         wide_row(out[0] + o0, rows, w + o0, (size_t)O, K, C);
@@ -988,6 +1093,7 @@ static void pack(real *panels, const real *w, int K, int depth, int width, size_
     }
 }
 
+// Values, the last panel's zeros included.
 static size_t panels_size(int K, int depth, int width) {
     return (size_t)K * depth * groups((size_t)width, COLS) * COLS;
 }
@@ -1004,6 +1110,7 @@ static int point_at_rows(const real *from[TILES][ROWS * MAX_TAPS], const real *i
             int64_t at = t + (int64_t)k * shift;
             bool inside = row < N && at >= 0 && at < T;
             const real **p = &from[i / ROWS][k * ROWS + i % ROWS];
+            // row - t is the window's first row. Added before t is taken off: nothing goes below 0.
             *p = inside ? in + (row + (size_t)at - (size_t)t) * (size_t)depth : zeros;
         }
     }
@@ -1012,6 +1119,7 @@ static int point_at_rows(const real *from[TILES][ROWS * MAX_TAPS], const real *i
 
 // Rows n0 .. n0+CHUNK-1 (fewer at the end, N) of
 //   out[t,j] = start[j] + sum_k sum_d panels[k,d,j] * in[t + k*shift, d]     zero outside 0..T-1
+// `in` and `start` point at row 0 and column 0, `out` at row n0.
 static void conv_chunk(real *out, const real *in, const real *start, const real *panels, size_t n0,
                        size_t N, int T, int K, int depth, int width, int shift) {
     const real *from[TILES][ROWS * MAX_TAPS];
@@ -1033,11 +1141,13 @@ static void cpu_conv_forward(act *out, act *pre, const act *x, const real *w, co
                              const act *res, Dropout drop, ConvShape s, void *work) {
     size_t N = (size_t)s.B * s.T, O = (size_t)s.O;
     real *panels = work;
+    // A panel's columns are outputs, its depth the inputs: w (K,C,O) as it lies.
     pack(panels, w, s.K, s.C, s.O, O, 1);
 #pragma omp parallel for schedule(dynamic)
     for (size_t n0 = 0; n0 < N; n0 += CHUNK) {
         real *p = (real *)pre + n0 * O;
         int n = N - n0 < CHUNK ? (int)(N - n0) : CHUNK;
+        // The activation follows chunk by chunk, while pre is in cache.
         conv_chunk(p, x, b, panels, n0, N, s.T, s.K, s.C, s.O, -s.dil);
         for (int i = 0; i < n && out && drop.threshold; i++)
             drop_row(p + (size_t)i * O, &drop, drop.first + n0 + (uint64_t)i, s.O);
@@ -1047,6 +1157,7 @@ static void cpu_conv_forward(act *out, act *pre, const act *x, const real *w, co
     }
 }
 
+// Without OpenMP the pragmas are ignored and one thread does everything.
 static int thread_number(void) {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -1069,15 +1180,19 @@ static void cpu_conv_backward_input(act *dx, act *pre, act *a, const act *dy, co
                                     float scale, ConvShape s, bool accumulate, void *work) {
     size_t N = (size_t)s.B * s.T, C = (size_t)s.C;
     real *panels = work, *scratch = panels + panels_size(s.K, s.O, s.C);
+    // A panel's columns are inputs, its depth the outputs: each tap's (C,O), transposed.
     pack(panels, w, s.K, s.O, s.C, 1, (size_t)s.O);
 #pragma omp parallel for schedule(dynamic)
     for (size_t n0 = 0; n0 < N; n0 += CHUNK) {
+        // Kept aside, because dpre needs the complete dx even where nobody keeps that.
         real *g = scratch + (size_t)thread_number() * CHUNK * C;
         real *d = dx ? (real *)dx + n0 * C : NULL;
+        // n: values, not rows.
         size_t n = (N - n0 < CHUNK ? N - n0 : CHUNK) * C;
         conv_chunk(g, dy, NULL, panels, n0, N, s.T, s.K, s.O, s.C, +s.dil);
         for (size_t i = 0; i < n && accumulate; i++) g[i] += d[i];
         if (d) memcpy(d, g, n * sizeof *d);
+        // forward, below:  x = [res +] scale * gelu(pre)
         if (pre)
             act_row_backward((real *)pre + n0 * C, a ? (real *)a + n0 * C : NULL, g, scale, (int)n);
     }
@@ -1100,18 +1215,24 @@ static void weight_block(const WeightJob *job, bool with_bias, const ConvShape *
     for (int n = 0; n < s->B; n++)
         for (int64_t t0 = reach; t0 < s->T; t0 += SPAN) {
             int span = s->T - t0 < SPAN ? (int)(s->T - t0) : SPAN;
+            // dy0: dy[n, t0, o0]; x0: x[n, t0 - k*dil, 0]
             const real *dy0 = dy + ((size_t)n * s->T + (size_t)t0) * s->O + o0;
             const real *x0 = x + ((size_t)n * s->T + (size_t)(t0 - reach)) * s->C;
+            // The panel is a dense copy: all channels read it from L1. Columns past O count as 0.
             if (cols < COLS) memset(panel, 0, sizeof panel);
             for (int t = 0; t < span; t++) copy_row(panel[t], dy0 + (size_t)t * s->O, cols);
+            // forward:  pre[t,o] += b[o]
             for (int t = 0; t < span && db; t++)
                 for (int j = 0; j < cols; j++) db[o0 + j] += panel[t][j];
             for (int c0 = c_begin; c0 < c_end; c0 += ROWS) {
+                // dw itself is the running sum: read, continued by this span, written back.
                 real *dw_k = dw + ((size_t)k * s->C + c0) * s->O + o0;
                 int channels = at_most(ROWS, c_end - c0);
                 memset(sums, 0, sizeof sums);
+                // A channel too many repeats the last one of x; its sums are not written.
                 for (int r = 0; r < ROWS; r++) from[r] = x0 + at_most(c0 + r, s->C - 1);
                 for (int r = 0; r < channels; r++) copy_row(sums[r], dw_k + (size_t)r * s->O, cols);
+                // dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o]
                 tile(sums, from, (size_t)s->C, panel[0], COLS, 1, span);
                 for (int r = 0; r < channels; r++) copy_row(dw_k + (size_t)r * s->O, sums[r], cols);
             }
@@ -1119,6 +1240,7 @@ static void weight_block(const WeightJob *job, bool with_bias, const ConvShape *
 }
 
 static void cpu_conv_backward_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    // Job, tap, channels and columns name a piece of dw: no two threads write the same value.
     (void)work;
 #pragma omp parallel for collapse(4) schedule(dynamic)
     for (int i = 0; i < n; i++)
@@ -1144,6 +1266,7 @@ static size_t cpu_available(void) {
 }
 static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 static void cpu_copy(void *dst, const void *src, size_t bytes) { memcpy(dst, src, bytes); }
+// An act is a real here: the moves of activations are plain copies.
 static void cpu_write_acts(act *dst, const real *src, size_t n) {
     memcpy(dst, src, n * sizeof *src);
 }
@@ -1153,17 +1276,22 @@ static void cpu_read_acts(real *dst, const act *src, size_t n) {
 static const char *cpu_error(void) { return NULL; }
 
 static size_t cpu_work_bytes(size_t N, int K, int width, size_t n) {
+    // Layers run one after another and share: the most that one of them takes. In values: a conv's
+    // panels and a chunk of dx per thread; LayerNorm's partial sums; the embedding's rows.
     size_t w = (size_t)width;
     size_t conv = panels_size(K, width, width) + (size_t)thread_count() * CHUNK * w;
     size_t norm = blocks_of(N) * 2 * w, embed = (V + 2) * w;
     size_t most = conv > norm ? conv : norm;
     if (embed > most) most = embed;
     most *= sizeof(real);
+    // In bytes: sum_squares' blocks, 4096 values each.
     size_t optimizer = (n / 4096 + 1) * sizeof(double);
     return most > optimizer ? most : optimizer;
 }
 
 const Backend cpu_backend = {
+    // Left NULL: pass_rows (all rows at a time), sync_params (there is no copy of the parameters),
+    // record and what goes with it (nothing is launched).
     .name = "cpu",
     .idea = "plain C with OpenMP, float32: the reference",
     .act_bytes = sizeof(real),

@@ -35,6 +35,7 @@ static real *piece(Pieces *p, size_t a, size_t b, size_t c) {
 }
 
 // w (K,C,O) as panels, each (K,C,width): panel o0 starts at K*C*o0.
+// Counting, it copies nothing and does not read w.
 static Panels cut(Pieces *p, const real *w, const real *b, int K, int C, int O, int panel) {
     real *weight = piece(p, (size_t)K * (size_t)C, (size_t)O, 1);
     real *bias = b ? piece(p, (size_t)O, 1, 1) : NULL;
@@ -55,6 +56,7 @@ static const real *copy(Pieces *p, const real *x, int n) {
 }
 
 // LayerNorm(E), so that the first layer is a look-up.
+// LayerNorm looks at one row alone, so normalising V rows once does for all bytes to come.
 static const real *normalised(Pieces *p, const real *table, const real *gain, const real *bias,
                               int C) {
     real *to = piece(p, V, (size_t)C, 1);
@@ -69,6 +71,7 @@ static Panels tied_head(Pieces *p, const real *table, int C, int panel) {
     for (int v = 0; w && v < V; v++)
         for (int c = 0; c < C; c++) w[c * V + v] = table[(size_t)v * (size_t)C + (size_t)c];
     Panels head = cut(p, w, NULL, 1, C, V, panel);
+    // build() sees it and fails.
     if (p->base && !w) head.weight = NULL;
     free(w);
     return head;
@@ -85,11 +88,13 @@ static void place(Stream *s, const Model *m, const real *P, Pieces *weights, Pie
         const Conv *from = &m->convs[l];
         v->panels = cut(weights, P + from->weight, P + from->bias, c->taps, C, C, s->panel);
         v->dil = from->dil;
+        // A pre-norm unit is one conv; the paper's is a block, which ends at the last dilation.
         v->unit_end = c->form == BLOCK_PRENORM || from->index == c->n_dilations - 1;
         if (c->form == BLOCK_PRENORM) {
             v->gain = copy(weights, P + from->norm.gain, C);
             v->beta = copy(weights, P + from->norm.bias, C);
         }
+        // The furthest tap reads (K-1)*dil rows back; the row of now is one more.
         v->ring_rows = (size_t)(c->taps - 1) * (size_t)v->dil + 1;
         v->ring = piece(state, v->ring_rows, n, (size_t)C);
     }
@@ -105,6 +110,7 @@ static void place(Stream *s, const Model *m, const real *P, Pieces *weights, Pie
     s->pre = piece(state, n, (size_t)C, 1);
     s->h = piece(state, n, (size_t)C, 1);
     s->z = piece(state, n, (size_t)c->latent, 1);
+    // Never written: aligned() has zeroed it.
     s->zero_row = piece(state, (size_t)C, 1, 1);
 }
 
@@ -122,6 +128,7 @@ static int build(Stream *s, const Model *m, const real *params, Error *e) {
     s->convs = calloc((size_t)m->L, sizeof *s->convs);
     if (!s->convs) return fail(e, "out of memory");
     place(s, m, params, &weights, &state);
+    // Pointers: K*S for each conv, S for the rows of h and S for those of z.
     size_t rows = ((size_t)m->L * (size_t)s->config.taps + 2) * (size_t)s->capacity;
     double need = weights.bytes + state.bytes + (double)rows * sizeof *s->row_space;
     double there = (double)cpu_backend.available();
@@ -133,8 +140,10 @@ static int build(Stream *s, const Model *m, const real *params, Error *e) {
     if (!s->weights || !s->state || !s->row_space)
         return fail(e, "%d streams need %.3g GB of memory, and %.3g GB are free", s->capacity,
                     need / 1e9, there / 1e9);
+    // The same walk again, now with memory under it: the counts come out as before.
     weights.used = state.used = 0;
     place(s, m, params, &weights, &state);
+    // + 2: projection and head.
     s->layer_weights = weights.used / (size_t)(m->L + 2);
     return s->head.weight ? 0 : fail(e, "out of memory");
 }
@@ -145,6 +154,7 @@ int stream_open(Stream *s, const Config *config, const real *params, int capacit
     if (config_check(config, e)) return -1;
     if (capacity < 1 || capacity > MAX_STREAMS)
         return fail(e, "%d streams, expected 1 to %d", capacity, MAX_STREAMS);
+    // Its table of tensors alone says where in params each begins; no memory for parameters.
     Model m = {.config = *config};
     int status = model_describe(&m, e);
     if (status == 0) status = build(s, &m, params, e);
@@ -166,9 +176,11 @@ void stream_free(Stream *s) {
 
 void stream_begin(Stream *s, int S) {
     s->S = S;
+    // The rings keep their old rows: point_at_rows reads none from before position 0.
     s->position = 0;
     // One stream is limited by reading weights; from about six on, arithmetic is.
     s->parallel = s->layer_weights * (size_t)(S + 5) / 6 >= WORTH_THREADS;
+    // h_rows and z_rows point where they do from here on; the convs' are set for every byte.
     const real **rows = s->row_space;
     for (int l = 0; l < s->L; l++) {
         s->convs[l].rows = rows;
@@ -206,11 +218,13 @@ static void point_at_rows(const Stream *s) {
 // What follows a conv, for channels o0.. of all streams: into the residual and the next ring.
 static void activate(const Stream *s, int l, int o0, int width) {
     const StreamConv *v = &s->convs[l];
+    // A next conv with a norm at its door gets that norm's rows instead, from norm_rows.
     bool feeds = l + 1 < s->L && !s->convs[l + 1].gain;
     real *ring = feeds ? ring_row(s, v + 1, s->position) : NULL;
     for (int j = 0; j < s->S; j++) {
         size_t at = (size_t)j * (size_t)s->config.channels + (size_t)o0;
         real *pre = s->pre + at, *x = s->x + at;
+        // forward:  x[u+1] = x[u] + f(pre) at the end of a unit; f(pre) alone, in place, inside it
         real *out = v->unit_end ? x : pre;
         gelu_row(out, pre, v->unit_end ? x : NULL, width);
         if (feeds) memcpy(ring + at, out, (size_t)width * sizeof *x);
@@ -232,6 +246,7 @@ static void map_rows(const Stream *s, const Panels *p, real *out, const real *co
 }
 
 // The rows of the residual stream through a norm.
+// All are done when it returns: the conv that follows reads what other threads wrote.
 static void norm_rows(const Stream *s, real *out, const real *gain, const real *beta) {
     size_t C = (size_t)s->config.channels;
 #pragma omp for schedule(static)
@@ -239,6 +254,7 @@ static void norm_rows(const Stream *s, real *out, const real *gain, const real *
         norm_row(out + (size_t)j * C, s->x + (size_t)j * C, gain, beta, (int)C);
 }
 
+// x (S,C) = normalised rows of the bytes; also the first conv's input, where no norm comes between.
 static void embed(const Stream *s, const int *ids) {
     size_t C = (size_t)s->config.channels;
     real *ring = s->convs[0].gain ? NULL : ring_row(s, &s->convs[0], s->position);
@@ -251,12 +267,14 @@ static void embed(const Stream *s, const int *ids) {
 }
 
 void stream_push(Stream *s, const int *ids, real *latents, real *logits) {
+    // Before the threads start: addresses depend on the position, not on what the layers compute.
     point_at_rows(s);
 #pragma omp parallel if (s->parallel)
     {
         embed(s, ids);
         for (int l = 0; l < s->L; l++) {
             const StreamConv *v = &s->convs[l];
+            // Into the ring itself: what a conv reads is what its ring must keep.
             if (v->gain) norm_rows(s, ring_row(s, v, s->position), v->gain, v->beta);
             map_rows(s, &v->panels, s->pre, v->rows, l);
         }
@@ -271,6 +289,7 @@ void stream_push(Stream *s, const int *ids, real *latents, real *logits) {
     if (latents)
         memcpy(latents, s->config.tie ? s->h : s->z,
                (size_t)s->S * (size_t)s->config.latent * sizeof *latents);
+    // Last: until here it is the time t of this byte, by which the rings are indexed.
     s->position++;
 }
 
@@ -298,6 +317,7 @@ int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, i
         if (l[v] > l[best]) best = v;
     }
     if (sampler->temperature == 0) return best;
+    // The largest exponent becomes 0: nothing overflows, and the sum is at least 1.
     real top = l[best];
     for (int v = 0; v < V; v++) l[v] = exp_real((l[v] - top) / heat);
     double all = 0, kept = 0;
@@ -305,6 +325,7 @@ int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, i
         c[v] = (Candidate){l[v], v};
         all += c[v].p;
     }
+    // top_p is a share of all probability, not of what top_k leaves. One candidate always stays.
     int i = 0, most = sampler->top_k > 0 ? sampler->top_k : V;
     if (most < V || sampler->top_p < 1) {
         qsort(c, V, sizeof *c, by_likelihood);  // longer than all the rest: only where needed
@@ -313,10 +334,12 @@ int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, i
     } else {
         kept = all;
     }
+    // Key and counter are seed, position and stream: what is drawn depends on nothing else.
     Philox r = philox(sampler->seed, (uint32_t)s->position, (uint32_t)(s->position >> 32),
                       (uint32_t)j, RNG_SAMPLE);
     // 53 random bits: uniform in [0, kept). Rounding may leave it at `kept`: then the last one.
     double u = (double)((uint64_t)r.v[0] << 21 | r.v[1] >> 11) / 9007199254740992.0 * kept;
+    // Walks along [0, kept) candidate by candidate until u lies within one.
     for (i = 0; i < n - 1 && u >= c[i].p; i++) u -= c[i].p;
     return c[i].byte;
 }

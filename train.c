@@ -18,9 +18,11 @@
 
 typedef struct {
     int preset;
+    // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
     int64_t steps, batch, seq, accum, warmup, channels, latent, taps, blocks, eval_every, threads;
     int64_t sample_bytes, sample_every;
     double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
+    // val_frac of each text; save_every in seconds
     double val_frac, save_every;
     uint64_t seed;
     IntList dilations;
@@ -56,9 +58,12 @@ static const char *const presets[] = {
     "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 "
     "--byte-dropout 0.15 --eval-every 500",
 };
+// In the order of BlockForm: the option's index is the form.
 static const char *const form_names[] = {"paper", "prenorm", NULL};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
+// The bounds judge one value at a time; how values go together is judged by config_check and
+// model_open. The defaults that --help shows are those of opt.
 static Option table[] = {
     SECTION("the model"),
     CHOICE("preset", NOT_SAVED, &opt.preset, preset_names, "NAME", "a set of options"),
@@ -123,8 +128,11 @@ typedef struct {
     uint64_t hash;  // of all bytes and where they are split: what a resumed run must find again
 } Data;
 
+// 1 MiB, about the size of TinyShakespeare.
 enum { BUILT_IN_BYTES = 1 << 20, BUILT_IN_SEED = 1 };
 
+// The file of that name, or with NULL the built-in corpus; the part `held_out` at its end is not
+// for training.
 static int load_text(Text *t, const char *name, double held_out, Error *e) {
     t->name = name;
     if (name) {
@@ -149,10 +157,13 @@ static int load_data(Data *d, const Cli *cli, Error *e) {
     d->lengths = calloc((size_t)d->n, sizeof *d->lengths);
     if (!d->texts || !d->lengths) return fail(e, "out of memory");
     for (int i = 0; i < n_files; i++)
+        // (files ends in NULL: without files, that is the one name.)
         if (load_text(&d->texts[i], cli->files[i], opt.val ? 0 : opt.val_frac, e)) return -1;
     if (opt.val && load_text(&d->texts[n_files], opt.val, 1, e)) return -1;
+    // Known of the language that writes the built-in corpus, not of other texts.
     if (!cli->n_files && !opt.val) d->floor = language_entropy();
     for (int i = 0; i < d->n; i++) d->n_train += d->texts[i].n_train;
+    // + 1: malloc(0) may give NULL
     d->train = malloc(d->n_train + 1);
     if (!d->train) return fail(e, "out of memory for %zu bytes of text", d->n_train);
     size_t at = 0;
@@ -162,6 +173,7 @@ static int load_data(Data *d, const Cli *cli, Error *e) {
         memcpy(d->train + at, t->bytes, t->n_train);
         at += t->n_train;
         d->n_held_out += t->n - t->n_train;
+        // With the sizes in it, another split of the same bytes is another hash.
         uint64_t sizes[2] = {t->n, t->n_train};
         d->hash = checksum_add(checksum_add(d->hash, sizes, sizeof sizes), t->bytes, t->n);
         if (i < n_files && t->n_train <= (size_t)opt.seq)
@@ -194,9 +206,11 @@ typedef struct {
     bool terminal, line_open;
 } Run;
 
+// SIGINT or SIGTERM came. All else is left to the loop in train(), which looks between steps.
 static volatile sig_atomic_t stop_signal;
 static void on_signal(int s) { stop_signal = s; }
 
+// A nat is 1/ln 2 bits.
 static double bits(double nats) { return nats / 0.6931471805599453; }
 
 // Ends the line that redraws itself, before anything else is printed.
@@ -212,8 +226,13 @@ static void print_progress(Run *r, const StepFigures *f, bool now_please) {
     if (!now_please && t - r->last_print < (r->terminal ? 0.1 : 5)) return;
     r->last_print = t;
     double steps = (double)(r->step - r->first_step), seconds = t - r->started;
+    // Of this process: a resumed run's earlier steps took other time.
     double bytes = steps * (double)opt.batch * (double)opt.seq * (double)opt.accum / seconds;
-    double flops = 6.0 * (double)(r->model.n_params - (size_t)V * (size_t)r->config.channels);
+    // Operations per byte: 2 to a parameter in forward, 4 in backward. The embedding is looked up,
+    // which costs none, unless the head, tied to it, multiplies by it.
+    size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
+    double flops = 6.0 * (double)(r->model.n_params - looked_up);
+    // Seconds, at this process's pace so far.
     int left = (int)((double)(opt.steps - r->step) * seconds / (steps > 0 ? steps : 1));
     fprintf(stderr, "%sstep %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
                     "lr %.2e  %dm%02ds left%s",
@@ -233,6 +252,7 @@ static double held_out_loss(Run *r) {
     model_write(&r->scorer, r->scorer.params, r->host);
     for (int i = 0; i < d->n; i++) {
         const Text *t = &d->texts[i];
+        // From n_train on; what stands before is context, as it would be in use.
         if (model_score(&r->scorer, t->bytes, t->n, t->n_train, &nats, NULL, &e))
             die(&r->cli, &e);
         sum += nats;
@@ -247,6 +267,7 @@ enum { WINDOW = 256 };  // nanoGPT's block_size for TinyShakespeare
 // only context, so n bytes make n - 1 positions; NAN where there are none.
 static double loss_in_windows(Run *r) {
     Model *m = &r->scorer;
+    // The scorer's rows are T long, at least WINDOW: open_models has seen to that.
     size_t T = (size_t)m->T, N = (size_t)m->B * T, scored = 0;
     int *ids = malloc(2 * N * sizeof *ids), *targets = ids + N;
     real *losses = malloc(N * sizeof *losses);
@@ -276,6 +297,7 @@ static double loss_in_windows(Run *r) {
 
 // ---- The folder: model.safetensors, state.safetensors, log.tsv ---------------------------------
 
+// opt.out/name, in buffer.
 static const char *path_in_out(char *buffer, size_t size, const char *name) {
     snprintf(buffer, size, "%s/%s", opt.out, name);
     return buffer;
@@ -295,6 +317,7 @@ static void save_model(Run *r) {
     r->best_unsaved = false;
 }
 
+// The metadata's key of option i; stays until the program ends, as a Pair needs.
 static const char *saved_key(int i) {
     static char keys[N_OPTIONS][64];
     snprintf(keys[i], sizeof keys[i], "option.%s", table[i].name);
@@ -308,11 +331,14 @@ static void save_state(Run *r) {
     const struct { const char *name; const real *from; } arrays[] = {
         {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
     char path[4096], numbers[4][32];
+    // Not on the stack, 4096 bytes to an option. 1 << 16: what checkpoint.c reads back at most.
     static char values[N_OPTIONS][4096], files[1 << 16];
+    // 5: step, best, best_step, text, files
     Pair pairs[N_OPTIONS + 5];
     Role roles[4];
     int n_pairs = 0, n_roles = 0;
     snprintf(numbers[0], 32, "%lld", (long long)r->step);
+    // %a: hexadecimal, so that the best comes back to the bit.
     snprintf(numbers[1], 32, "%a", r->best);
     snprintf(numbers[2], 32, "%lld", (long long)r->best_step);
     snprintf(numbers[3], 32, "%016llx", (unsigned long long)r->data.hash);
@@ -320,6 +346,7 @@ static void save_state(Run *r) {
     pairs[n_pairs++] = (Pair){"best", numbers[1]};
     pairs[n_pairs++] = (Pair){"best_step", numbers[2]};
     pairs[n_pairs++] = (Pair){"text", numbers[3]};
+    // One name a line: what take_saved_files takes apart.
     files[0] = 0;
     for (int i = 0; i < r->cli.n_files; i++) {
         size_t used = strlen(files);
@@ -330,6 +357,7 @@ static void save_state(Run *r) {
         if (table[i].saved)
             pairs[n_pairs++] = (Pair){saved_key(i), option_text(&table[i], values[i], 4096)};
     for (int i = 0; i < 4; i++) {
+        // Without --ema there is no average.
         if (!arrays[i].from) continue;
         real *host = r->host + (size_t)n_roles * m->n_params;
         model_read(m, host, arrays[i].from);
@@ -374,6 +402,7 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
             fprintf(stderr, "note: --steps was %s: the learning rate now falls until %s\n", saved,
                     given);
         } else if (o->kind == OPT_FLAG) {
+            // Not given: what the run had. A text that was not set is saved as "".
             *(bool *)o->value = strcmp(saved, "yes") == 0;
         } else if (o->kind != OPT_TEXT || *saved) {
             parse_value(cli, o, o->kind == OPT_TEXT ? copy_text(saved) : saved);
@@ -398,6 +427,7 @@ static int take_saved_files(Cli *cli, const Checkpoint *ck, Error *e) {
     return 0;
 }
 
+// All of text as a number; -1 if it is none.
 static int parse_int64(const char *text, int64_t *x) {
     char *end;
     if (!text) return -1;
@@ -405,12 +435,13 @@ static int parse_int64(const char *text, int64_t *x) {
     return *text && !*end ? 0 : -1;
 }
 
-// Parameters, moments, average, step and best of the state file; the log is cut back to that step.
+// Parameters, moments, average, step and best of the state file. (open_log cuts back the log.)
 static int load_state(Run *r, const Checkpoint *ck, Error *e) {
     Model *m = &r->model;
     const struct { const char *name; real *to; } arrays[] = {
         {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
     char hash[32], *end;
+    // The configuration first: r->host has room for this model's parameters, not for any other's.
     if (checkpoint_match(ck, &r->config, e)) return -1;
     snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->data.hash);
     const char *text = checkpoint_get(ck, "text"), *best = checkpoint_get(ck, "best");
@@ -427,6 +458,7 @@ static int load_state(Run *r, const Checkpoint *ck, Error *e) {
         if (checkpoint_read(ck, arrays[i].name, r->host, e)) return -1;
         model_write(m, arrays[i].to, r->host);
     }
+    // Random numbers and learning rate are functions of the step's number: nothing else is missing.
     StepState *state = calloc(1, sizeof *state);
     if (!state) return fail(e, "out of memory");
     state->step = (uint32_t)r->step;
@@ -448,6 +480,7 @@ static int load_best(Run *r, Error *e) {
     return status;
 }
 
+// The CPU as Linux names it: figures mean little without it.
 static const char *machine_name(char *buffer, size_t size) {
     FILE *f = fopen("/proc/cpuinfo", "r");
     char line[256];
@@ -480,6 +513,7 @@ static int open_log(Run *r, bool resumed, Error *e) {
     if (output_open(&out, path, true, e)) return -1;
     if (old) {
         while (fgets(line, sizeof line, old))
+            // Comments and header stay; steps after the saved one will be taken and logged again.
             if (line[0] == '#' || line[0] == 's' || atoll(line) <= r->step) fputs(line, out.file);
         fclose(old);
         fprintf(out.file, "# resumed at step %lld\n", (long long)r->step);
@@ -499,6 +533,7 @@ static int open_log(Run *r, bool resumed, Error *e) {
         }
         fprintf(out.file, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
     }
+    // Whole under its name first; from now on rows are appended.
     if (output_commit(&out, e)) return -1;
     r->log = fopen(path, "a");
     return r->log ? 0 : fail(e, "cannot write %s: %s", path, strerror(errno));
@@ -521,6 +556,7 @@ static int make_folder(Error *e) {
     }
     if (mkdir(opt.out, 0777) && errno != EEXIST)
         return fail(e, "cannot make the folder %s: %s", opt.out, strerror(errno));
+    // Refused now, not when the first save would have to be given up.
     if (stat(opt.out, &st) || !S_ISDIR(st.st_mode) || access(opt.out, W_OK))
         return fail(e, "cannot write into %s, expected a folder: choose another --out", opt.out);
     return 0;
@@ -530,6 +566,7 @@ static int make_folder(Error *e) {
 
 // A text that `params` write by themselves, on standard output.
 static void print_sample(const Run *r, const real *params) {
+    // On the CPU whatever the device: stream.c has no other form.
     Stream s;
     Error e;
     const Sampler sampler = {.temperature = 0.8, .top_p = 1, .seed = opt.seed};
@@ -549,11 +586,13 @@ static void print_sample(const Run *r, const real *params) {
     stream_free(&s);
 }
 
+// Types the preset's words for the user. It comes after the command line, whose options it leaves.
 static void apply_preset(const Cli *cli) {
     char words[512], *save;
     snprintf(words, sizeof words, "%s", presets[opt.preset]);
     for (char *word = strtok_r(words, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
         bool on;
+        // + 2: the "--". The words go with this function, so no preset may set a text.
         Option *o = find_named(cli, word + 2, strlen(word + 2), &on);
         char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &save);
         if (o->given) continue;
@@ -566,6 +605,7 @@ static void apply_preset(const Cli *cli) {
 
 static Config config_of_options(void) {
     Config c = {.channels = (int)opt.channels,
+                // 0: as wide as the model
                 .latent = (int)(opt.latent ? opt.latent : opt.channels),
                 .taps = (int)opt.taps, .blocks = (int)opt.blocks, .n_dilations = opt.dilations.n,
                 .form = (BlockForm)opt.form, .tie = opt.tie, .softcap = (float)opt.softcap};
@@ -573,6 +613,7 @@ static Config config_of_options(void) {
     return c;
 }
 
+// eps: PyTorch's default for AdamW.
 static Training training_of_options(void) {
     return (Training){
         .dropout = (float)opt.dropout, .byte_dropout = (float)opt.byte_dropout, .seed = opt.seed,
@@ -587,8 +628,10 @@ static Training training_of_options(void) {
 static int open_models(Run *r, Error *e) {
     Training training = training_of_options();
     int64_t context = config_receptive_field(&r->config), N = opt.batch * opt.seq;
+    // At four times the receptive field, three quarters of a window are scored.
     int64_t T = opt.seq > 4 * context ? opt.seq : 4 * context, B;
     if (T < WINDOW) T = WINDOW;
+    // As many bytes to a pass as in training, but one window at least.
     B = N / T > 1 ? N / T : 1;
     if (N > 1 << 27 || T > 1 << 27)
         return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
@@ -596,6 +639,7 @@ static int open_models(Run *r, Error *e) {
     if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e) ||
         model_open(&r->scorer, r->backend, &r->config, (int)B, (int)T, NULL, e))
         return -1;
+    // 4: params, m, v and ema of a state file at once
     r->host = malloc(4 * r->model.n_params * sizeof *r->host);
     r->best_params = malloc(r->model.n_params * sizeof *r->best_params);
     if (!r->host || !r->best_params) return fail(e, "out of memory");
@@ -603,6 +647,7 @@ static int open_models(Run *r, Error *e) {
     return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
 }
 
+// What will be trained, on what, and the memory it takes: on standard error, samples go to output.
 static void print_plan(const Run *r) {
     const Model *m = &r->model;
     char name[128];
@@ -662,6 +707,7 @@ static void stop_not_finite(Run *r, const StepFigures *f) {
 // Fetches the figures of the steps queued so far into log and terminal.
 static void see_steps(Run *r, int64_t queued) {
     static StepState state;
+    // Waits for the steps queued; the host sees only here what they came to.
     r->backend->download(&state, r->model.state, sizeof state);
     const char *trouble = r->backend->error();
     if (trouble) {
@@ -671,11 +717,14 @@ static void see_steps(Run *r, int64_t queued) {
     }
     for (; r->step < (int64_t)state.step; r->step++) {
         const StepFigures *f = &state.ring[r->step % RING];
+        // The row of a step, without a held-out loss; the row of an evaluation has nothing else.
         fprintf(r->log, "%lld\t%.9g\tnan\t%.9g\t%.9g\n", (long long)r->step + 1, (double)f->loss,
                 (double)f->grad_norm, (double)f->lr);
     }
     fflush(r->log);
     r->last_seen = now();
+    // The backend counts only steps that were taken. One that is missing was not finite, and those
+    // queued behind it were the same one again: same step, same text, same parameters.
     if (r->step < queued) stop_not_finite(r, &state.ring[r->step % RING]);
     print_progress(r, &state.ring[(r->step - 1) % RING], queued == opt.steps);
 }
@@ -683,6 +732,7 @@ static void see_steps(Run *r, int64_t queued) {
 // Held-out loss into terminal and log; the best parameters aside, and with the state into the
 // folder when --save-every is over: 1.6 M parameters take 0.14 s to save, on a GPU many steps.
 static void evaluate(Run *r) {
+    // Without held-out text the last parameters are the best.
     bool better = true;
     double loss = NAN;
     if (r->data.n_held_out > 0) {
@@ -712,18 +762,23 @@ static void evaluate(Run *r) {
         r->best_unsaved = true;
         r->best_seconds = now() - r->started;
     }
+    // r->host holds what was just judged. After the last step main() prints a sample of the best.
     if (opt.sample_every && r->step % opt.sample_every == 0 && r->step < opt.steps)
         print_sample(r, r->host);
     if (now() - r->last_save >= opt.save_every) save(r);
 }
 
+// Queues steps without waiting for them; sees them when an evaluation is due, before the ring of
+// figures is full, on a signal, and ten times a second.
 static void train(Run *r) {
     r->first_step = r->step;
     r->started = r->last_seen = r->last_save = now();
+    // r->step counts what the host has seen, queued what it has asked for.
     int64_t queued = r->step;
     while (queued < opt.steps && !stop_signal) {
         model_train_step(&r->model);
         queued++;
+        // A sample comes with an evaluation, which brings the parameters to the host.
         bool due = queued % opt.eval_every == 0 || queued == opt.steps ||
                    (opt.sample_every && queued % opt.sample_every == 0);
         if (due || stop_signal || queued - r->step >= RING / 2 || now() - r->last_seen > 0.1)
@@ -732,6 +787,7 @@ static void train(Run *r) {
     }
     if (queued > r->step) see_steps(r, queued);  // the signal came after the last look
     end_line(r);
+    // Also after a signal: no step that was taken is lost.
     if (r->step != r->saved_step) save(r);
 }
 
@@ -745,6 +801,7 @@ static void print_result(Run *r) {
         if (r->best_step > r->first_step)
             fprintf(stderr, ", %.2f s after %s began", r->best_seconds,
                     r->first_step ? "this part of the run" : "the first step");
+        // Not NAN: there was a position to judge.
         if (windows == windows) {
             fprintf(stderr, "\nin windows of %d bytes that do not overlap, as nanoGPT counts: "
                             "%.4f nats/byte", WINDOW, windows);
@@ -757,9 +814,12 @@ static void print_result(Run *r) {
     fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, opt.out);
 }
 
+// Reads what is to be read, plans and allocates; the folder and the log come last, so that a run
+// which cannot start leaves no trace.
 static int begin(Run *r, Error *e) {
     static Checkpoint ck;
     char path[4096];
+    // The saved run's options first: the model, the texts and the backend follow from them.
     if (opt.resume) {
         opt.out = opt.resume;
         path_in_out(path, sizeof path, "state.safetensors");
@@ -772,6 +832,7 @@ static int begin(Run *r, Error *e) {
     r->saved_step = -1;  // nothing yet
     if (config_check(&r->config, e)) return -1;
     if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
+    // A GPU's kernels are held against the CPU's before they are trusted with a run.
     if (r->backend != &cpu_backend && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
     if (load_data(&r->data, &r->cli, e) || open_models(r, e))
         return -1;
@@ -801,10 +862,12 @@ int main(int argc, char **argv) {
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
+    // A progress line redraws itself only there; in a file each is a line of its own.
     r->terminal = isatty(2);
     if (begin(r, &e)) die(&r->cli, &e);
     print_plan(r);
 
+    // From here on there is something to save: a signal ends the loop, not the program.
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
