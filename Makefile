@@ -127,9 +127,27 @@ data/tinyshakespeare.txt:
 # falls from 5.5, may lie above the picture.
 RUN ?= out
 comma := ,
+have_gnuplot = command -v gnuplot >/dev/null || { echo "make plot needs gnuplot: apt-get install \
+	gnuplot-nox (or brew install gnuplot); $(1) is plain text for any other plotter"; exit 1; }
+ifneq ($(BENCH),)
+# Every table in BENCH (of ./bench --tsv > bench.tsv) as a picture beside it. After the colon: the
+# columns to draw.
 plot:
-	@command -v gnuplot >/dev/null || { echo "make plot needs gnuplot: apt-get install gnuplot-nox \
-	(or brew install gnuplot); $(RUN)/log.tsv is plain text for any other plotter"; exit 1; }
+	@$(call have_gnuplot,$(BENCH))
+	@[ -f $(BENCH) ] || { echo "$(BENCH) is not there: ./bench --tsv > $(BENCH)"; exit 1; }
+	@for t in step:3:3 layers:3:3 stream:2:2 table1:2:4 memory:2:3 ladder:2:2; do \
+	name=$${t%%:*}; to=$${t##*:}; from=$${t#*:}; from=$${from%:*}; \
+	grep -q "^# $$name	" $(BENCH) || continue; \
+	awk -F '\t' -v t="# $$name" '/^#/ {if (NF > 1) on = $$1 == t; next} on' $(BENCH) >$(BENCH).one; \
+	gnuplot -e "set terminal pngcairo noenhanced size 900,540; \
+	set output '$(basename $(BENCH))-$$name.png'; \
+	set datafile separator '\t'; set title '$$name'; set logscale y; set grid y; set style fill solid; \
+	set style data histograms; set xtics rotate by -60; set key left autotitle columnhead; \
+	plot for [i=$$from:$$to] '$(BENCH).one' using i:xtic(1)" && \
+	echo "$(basename $(BENCH))-$$name.png"; done; rm -f $(BENCH).one
+else
+plot:
+	@$(call have_gnuplot,$(RUN)/log.tsv)
 	@[ -f $(RUN)/log.tsv ] || { echo "$(RUN)/log.tsv is not there: train first, or name RUN=DIR"; \
 	exit 1; }
 	@gnuplot -e "log = '$(RUN)/log.tsv'; set terminal pngcairo size 900,540; \
@@ -142,6 +160,7 @@ plot:
 	title sprintf('training, mean of %d steps', n), log using 1:3 with linespoints lw 2 pt 7 \
 	title 'held out' $(if $(LINE),$(comma) $(LINE) with lines dt 2 title '$(LINE) $(LINE_TITLE)')"
 	@echo "$(RUN)/loss.png"
+endif
 
 doctor:
 	@echo "compiler   $(CC): $$($(CC) --version | head -1)"

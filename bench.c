@@ -24,7 +24,7 @@ static Options opt = {.seconds = 1};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 static Option table[] = {
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
-    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "naive, tiled ...: the GPU kernels"),
+    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "the GPU kernels"),
     TEXT("only", NOT_SAVED, &opt.only, "LIST", "tables by name, commas between"),
     INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step, layers, ladder; 0 = usual"),
     INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step, layers, ladder; 0 = usual"),
@@ -39,8 +39,22 @@ static const Backend *backend;
 
 // ---- Printing and timing -----------------------------------------------------------------------
 
+static char command[1024] = "./bench";  // as it was typed, but for --only and --tsv
+
+// Every table says the command that makes it alone.
 static void title(const char *name, const char *what) {
-    printf(opt.tsv ? "# %s\t%s\n" : "\n%s: %s\n", name, what);
+    printf(opt.tsv ? "# %s\t%s\t" : "\n%s: %s\n# ", name, what);
+    printf("%s --only %s\n", command, name);
+}
+
+static void note_command(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        bool only = strncmp(argv[i], "--only", 6) == 0;
+        if (only && !argv[i][6]) i++;  // its value is a word of its own
+        if (only || strcmp(argv[i], "--tsv") == 0) continue;
+        size_t used = strlen(command);
+        snprintf(command + used, sizeof command - used, " %s", argv[i]);
+    }
 }
 
 // One line of cells, the first one wide; tabs between them with --tsv.
@@ -550,14 +564,26 @@ static bool wanted(int i) {
     return false;
 }
 
+// Every kernel of the ladder, for --help.
+static void add_kernels(char *about, size_t size) {
+    int n;
+    const Kernel *k = gpu_kernels(&n);
+    if (n) snprintf(about + strlen(about), size - strlen(about), "\nKernels of the ladder:");
+    for (int i = 0; i < n; i++)
+        snprintf(about + strlen(about), size - strlen(about), "\n  %-30s %-13s %s", k[i].name,
+                 k[i].used_by, k[i].idea);
+}
+
 int main(int argc, char **argv) {
     Error e;
-    char about[1024] = "Measures every part on this machine. Tables:";
+    static char about[8192] = "Measures every part on this machine. Tables:";
     for (int i = 0; i < N_TABLES; i++)
         snprintf(about + strlen(about), sizeof about - strlen(about), "\n  %-24s %s",
                  tables[i].name, tables[i].what);
+    add_kernels(about, sizeof about);
     cli.about = about;
     parse_options(&cli, argc, argv);
+    note_command(argc, argv);
     if (cli.n_files) usage_error(&cli, "unexpected '%s'%s", cli.files[0], "");
     if (opt.threads) set_threads((int)opt.threads);
     if (choose_backend(&backend, device_names[opt.device], opt.kernels, &e)) die(&cli, &e);

@@ -122,6 +122,11 @@ static inline void print_help(const Cli *cli) {
         if (o->choices) {
             printf(":");
             for (int j = 0; o->choices[j]; j++) printf(" %s", o->choices[j]);
+        } else if (strcmp(o->name, "kernels") == 0) {  // its choices depend on the build
+            int n;
+            const char *const *names = gpu_backend_names(&n);
+            printf("%s", n ? ":" : ": none in this build");
+            for (int j = 0; j < n; j++) printf(" %s", names[j]);
         }
         bool off = o->kind == OPT_FLAG && !*(bool *)o->value;  // not worth a word
         if (!off && *option_text(o, value, sizeof value)) printf(" [%s]", value);

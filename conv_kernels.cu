@@ -305,7 +305,7 @@ static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvSha
 // Cost: 64 sums + 16 operands + 8 values on their way = 120 registers, so 16 warps per SM; and a
 // small N fills few blocks of 128 x 128, so there are smaller tiles for that. An output's sum runs
 // over k, then c, in order, whatever the tile: its bits do not depend on the choice.
-// Measured: 1.50 -> 0.346 ms forward, 1.47 -> 0.408 ms to the input: 59 % and 50 % of the rate.
+// Measured: 1.50 -> 0.342 ms forward, 1.47 -> 0.415 ms to the input: 60 % and 49 % of the rate.
 // Where the rest goes: 512 of 618 instructions of a step are multiply-adds; the finish takes some
 // 80 instructions a value, dropout included. Tried and dropped: turning the sums in shared memory
 // before the finish (forward, dropout on, 0.348 -> 0.414 ms); DEPTH 16 for the large tile (it

@@ -11,7 +11,8 @@
 //
 // Measured for wgmma on an H100 80GB HBM3, each kernel many times in a graph, median; C = O = 256,
 // K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by less than 5 % mostly, by 14 % at
-// 131072 rows. (./bench --only ladder launches each alone, which adds some 6 us.)
+// 131072 rows. (./bench --only ladder launches each alone, which adds some 6 us.) All but mma were
+// measured before dropout's draws moved to where they are now in the epilogue.
 //   rows                         128  1024  8192  16384        32768              131072
 //   forward, bias and GELU      3.08  4.19   8.7  13.1 (491)  23.2 (556)         86.9 (593)
 //     and a residual            3.08  4.27   9.2  14.2 (453)  28.7 (449)        107.6 (479)

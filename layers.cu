@@ -19,7 +19,8 @@
 //   cross-entropy  0.22 -> 0.027 ms    AdamW on 8.4 M parameters 0.58 -> 0.14 ms
 // and in bf16, half the bytes: embed 0.019, backward 0.039; LayerNorm 0.014, backward 0.035;
 // cross-entropy 0.020 ms.
-// Counts and times before a kernel in bf16 are those within a step of --preset shakespeare: 32768
+// Counts and times before a kernel in bf16 are those within a step of --preset shakespeare, by a
+// trace of all launches (CUPTI; from the end of the kernel before to the end of this one): 32768
 // rows of 256 channels, 16.8 MB an array (16384 rows: 8.4 MB). A large copy reaches 2.95 TB/s on
 // that GPU, so to read or write one such array takes 5.7 us (2.8) at the least.
 #include "kernels.h"
@@ -631,8 +632,8 @@ __global__ void norm_backward_rows(NormBackward<T> a) {
 // Bound before: every row twice, its second reading by other threads, and dx and pre once more in a
 // pass of their own. Saved: that pass, and the norm_forward that made `again` anew.
 // Bytes: read x, dout, dx, pre; written dx, again, pre: 117 MB for 32768 rows of bf16, 40 us.
-// Cost: a ring of 8 warps * 2 rows * 4 arrays * 512 bytes and 8 KB of sums: 40 KB of shared memory,
-// five blocks to a multiprocessor by that measure.
+// Cost: a ring of 8 warps * 2 rows * 4 arrays * 512 bytes and 8 KB of sums, 40 KB of shared memory,
+// and 80 registers a thread: these leave three blocks to a multiprocessor.
 // Measured: 40.9 us, 2.88 TB/s, a copy's rate; before, 20.3 + 17.2 + 8.2 us for half as many
 // rows.
 // Tried and dropped: reading past L2 (evict first), 41.1 us.
@@ -1247,7 +1248,7 @@ __global__ void update_one(float *p, const float *g, float *m, float *v, float *
 // paper's 1.97 M parameters. copy: the new parameters in bf16, NULL where nobody keeps one.
 // Neighbouring threads: neighbouring 16 bytes of every array. No sum crosses threads: no barrier.
 // Measured: 8.4 M parameters 0.58 -> 0.14 ms. 1.65 M in a step, 49.5 MB with the copy: 14.7 us,
-// 3.4 TB/s, more than memory gives: some of it is still in the 50 MB of L2.
+// 3.4 TB/s, more than memory gives: some of it must still lie in L2.
 __global__ void update_four(float *p, const float *g, float *m, float *v, float *ema, bf16 *copy,
                             size_t n, size_t n_decay, const AdamWStep *step) {
     begin_dependent();

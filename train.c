@@ -104,7 +104,7 @@ static Option table[] = {
     NUMBER("save-every", NOT_SAVED, &opt.save_every, 0, 1e9, "S", "seconds between savings"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
-    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "naive, tiled ...: the GPU kernels"),
+    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "the GPU kernels"),
     FLAG("no-selftest", NOT_SAVED, &opt.no_selftest, "skip the GPU kernels' check"),
 };
 
