@@ -365,6 +365,22 @@ static __device__ float2 warp_moments(const T *x, int C, int lane) {
     return make_float2(mean, 1 / sqrtf(warp_sum(squares) / C + (float)NORM_EPS));
 }
 
+// A row's LayerNorm by a warp. dropped: as if the row were zeros, of which only the bias remains.
+template <bool VEC, typename T, typename Out>
+static __device__ void warp_norm_row(Out *out, const T *row, const float *gain, const float *bias,
+                                     int C, int lane, bool dropped) {
+    float2 m = warp_moments<VEC>(row, C, lane);
+    if (dropped) m.y = 0;
+    for (int c = 4 * lane; c < C; c += 128) {
+        float4 v = load4<VEC>(row + c, C - c);
+        float4 g = load4<VEC>(gain + c, C - c), b = load4<VEC>(bias + c, C - c);
+        store4<VEC>(out + c,
+                    make_float4((v.x - m.x) * m.y * g.x + b.x, (v.y - m.x) * m.y * g.y + b.y,
+                                (v.z - m.x) * m.y * g.z + b.z, (v.w - m.x) * m.y * g.w + b.w),
+                    C - c);
+    }
+}
+
 // tiled: one warp per row.
 // Bound before: the load units, 32 lines for each load. Now a load's lanes share their lines.
 // Bytes: x read once from memory and twice from L1, out written once, 67 MB in float32. Cost: gain
@@ -377,16 +393,7 @@ __global__ void norm_rows_tiled(T *out, const T *x, const float *gain, const flo
     size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (n >= N) return;
-    const T *row = x + n * C;
-    float2 m = warp_moments<VEC>(row, C, lane);
-    for (int c = 4 * lane; c < C; c += 128) {
-        float4 v = load4<VEC>(row + c, C - c);
-        float4 g = load4<VEC>(gain + c, C - c), b = load4<VEC>(bias + c, C - c);
-        store4<VEC>(out + n * C + c,
-                    make_float4((v.x - m.x) * m.y * g.x + b.x, (v.y - m.x) * m.y * g.y + b.y,
-                                (v.z - m.x) * m.y * g.z + b.z, (v.w - m.x) * m.y * g.w + b.w),
-                    C - c);
-    }
+    warp_norm_row<VEC>(out + n * C, x + n * C, gain, bias, C, lane, false);
 }
 
 // registers: a row of up to 256 channels stays in its warp's registers, channels 8*lane + j in lane
@@ -804,16 +811,7 @@ __global__ void embed_rows_tiled(T *x, const int *ids, const float *table, const
     bool dropped = ids[n] == BYTE_DROPPED;
     // One id for the whole warp. Row 0 stands in for a dropped one: an address that exists.
     const float *row = table + (dropped ? 0 : (size_t)ids[n] * C);
-    float2 m = warp_moments<VEC>(row, C, lane);
-    if (dropped) m.y = 0;  // of this row only the bias remains
-    for (int c = 4 * lane; c < C; c += 128) {
-        float4 v = load4<VEC>(row + c, C - c);
-        float4 g = load4<VEC>(gain + c, C - c), b = load4<VEC>(bias + c, C - c);
-        store4<VEC>(x + n * C + c,
-                    make_float4((v.x - m.x) * m.y * g.x + b.x, (v.y - m.x) * m.y * g.y + b.y,
-                                (v.z - m.x) * m.y * g.z + b.z, (v.w - m.x) * m.y * g.w + b.w),
-                    C - c);
-    }
+    warp_norm_row<VEC>(x + n * C, row, gain, bias, C, lane, dropped);
 }
 
 template <typename T>
