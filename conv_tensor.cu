@@ -684,51 +684,32 @@ INLINE void wgmma_wait(void) {  // for all but the last PENDING groups
     "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"  \
     "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122," \
     "%123,%124,%125,%126,%127"
+// The text of an asm calls its operands by number. The N/2 accumulators are the first: regs is
+// their list in the text, the arguments after turn_b are those themselves. The seven between are
+// the numbers of what follows them.
+#define WGMMA(N, regs, a_lo, a_hi, b_lo, b_hi, accumulate, turn_a, turn_b, ...)                  \
+    asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %" #accumulate ", 0;\n"         \
+                 "mov.b64 a, {%" #a_lo ", %" #a_hi "}; mov.b64 b, {%" #b_lo ", %" #b_hi "};\n"   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" regs               \
+                 "}, a, b, p, 1, 1, %" #turn_a ", %" #turn_b "; }"                               \
+                 : __VA_ARGS__                                                                   \
+                 : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B))
 // clang-format on
 
 // acc (64 x N) += A B, or = A B where !add. Thread i of the warpgroup holds of rows
 // r = i/32*16 + i%32/4 and r + 8 the columns 8j + 2(i%4) and the next, j = 0..N/8-1:
 // acc[4j], acc[4j+1] of row r, acc[4j+2], acc[4j+3] of row r + 8.
 // TURN_x: operand x has its summed index outside.
-template <int TURN_A, int TURN_B>
-INLINE void wgmma_n32(float acc[16], Operand a, Operand b, int add) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %20, 0;\n"
-        "mov.b64 a, {%16, %17}; mov.b64 b, {%18, %19};\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" REGS16
-        "}, a, b, p, 1, 1, %21, %22; }"
-        : ACC8(acc, 0), ACC8(acc, 8)
-        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
-}
-template <int TURN_A, int TURN_B>
-INLINE void wgmma_n64(float acc[32], Operand a, Operand b, int add) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %36, 0;\n"
-        "mov.b64 a, {%32, %33}; mov.b64 b, {%34, %35};\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" REGS32
-        "}, a, b, p, 1, 1, %37, %38; }"
-        : ACC32(acc, 0)
-        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
-}
-template <int TURN_A, int TURN_B>
-INLINE void wgmma_n128(float acc[64], Operand a, Operand b, int add) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %68, 0;\n"
-        "mov.b64 a, {%64, %65}; mov.b64 b, {%66, %67};\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" REGS64
-        "}, a, b, p, 1, 1, %69, %70; }"
-        : ACC32(acc, 0), ACC32(acc, 32)
-        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
-}
-template <int TURN_A, int TURN_B>
-INLINE void wgmma_n256(float acc[128], Operand a, Operand b, int add) {
-    asm volatile(
-        "{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %132, 0;\n"
-        "mov.b64 a, {%128, %129}; mov.b64 b, {%130, %131};\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" REGS128
-        "}, a, b, p, 1, 1, %133, %134; }"
-        : ACC32(acc, 0), ACC32(acc, 32), ACC32(acc, 64), ACC32(acc, 96)
-        : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add), "n"(TURN_A), "n"(TURN_B));
+template <int N, int TURN_A, int TURN_B>
+INLINE void wgmma(float *acc, Operand a, Operand b, int add) {
+    static_assert(N == 32 || N == 64 || N == 128 || N == 256, "those written out here");
+    if (N == 32) WGMMA(32, REGS16, 16, 17, 18, 19, 20, 21, 22, ACC8(acc, 0), ACC8(acc, 8));
+    if (N == 64) WGMMA(64, REGS32, 32, 33, 34, 35, 36, 37, 38, ACC32(acc, 0));
+    if (N == 128)
+        WGMMA(128, REGS64, 64, 65, 66, 67, 68, 69, 70, ACC32(acc, 0), ACC32(acc, 32));
+    if (N == 256)
+        WGMMA(256, REGS128, 128, 129, 130, 131, 132, 133, 134, ACC32(acc, 0), ACC32(acc, 32),
+              ACC32(acc, 64), ACC32(acc, 96));
 }
 
 // A ring of stages in shared memory, filled by copies and emptied by products in the same order.
@@ -951,10 +932,7 @@ INLINE void multiply_stage(float *acc, Operand x, Operand w, int half, int shift
         for (int i = 0; i < STEP_C / 16; i++) {
             Operand x_k = operand_at(x, (BACKWARD ? k : TAPS - 1 - k) * shift + i * 32);
             Operand w_k = operand_at(w, k * TAP_BYTES + (half * STEP_C + i * 16) * w_step);
-            if (TILE_O == 32)
-                wgmma_n32<0, !BACKWARD>(acc, x_k, w_k, add | k | i);
-            else
-                wgmma_n128<0, !BACKWARD>(acc, x_k, w_k, add | k | i);
+            wgmma<TILE_O, 0, !BACKWARD>(acc, x_k, w_k, add | k | i);
         }
     wgmma_commit();
 }
@@ -1149,12 +1127,7 @@ INLINE void multiply_step(float *acc, Operand x, Operand dy, bool add) {
 #pragma unroll
     for (int s = 0; s < SUM_TILE / 16; s++) {
         Operand x_s = operand_at(x, s * 2048), dy_s = operand_at(dy, s * 2048);
-        if (TILE_O == 64)
-            wgmma_n64<1, 1>(acc, x_s, dy_s, add | s);
-        else if (TILE_O == 128)
-            wgmma_n128<1, 1>(acc, x_s, dy_s, add | s);
-        else
-            wgmma_n256<1, 1>(acc, x_s, dy_s, add | s);
+        wgmma<TILE_O, 1, 1>(acc, x_s, dy_s, add | s);
     }
     wgmma_commit();
 }
