@@ -98,6 +98,7 @@ INLINE uint4 pack8(const float f[8]) {
 template <int GROUPS>
 INLINE void draw_kept(uint32_t kept[2], const Dropout *d, uint32_t step, uint64_t row, int col,
                       int width) {
+    static_assert(GROUPS <= 4, "a byte of kept has two bits a group");
     const uint32_t thresholds = d->threshold * 0x01010101u;  // one in each byte
     kept[0] = kept[1] = 0;
 #pragma unroll
