@@ -955,9 +955,10 @@ static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const a
     LAUNCH(segment_sums_tiled<T>, dim3(V + 1, (unsigned)slabs), THREADS,
            one ? drows : part, one ? dbias : NULL, (const T *)dx, ids, N, C, slab_rows);
     LAUNCHED("embed_backward_tiled");
-    if (!one)
+    if (!one) {
         LAUNCH(sum_slabs, blocks_for(values, THREADS), THREADS, drows, dbias, part, C, slabs);
-    LAUNCHED("sum_slabs");
+        LAUNCHED("sum_slabs");
+    }
     norm_backward_tiled<float>(dtable, dgain, dbias, NULL, NULL, drows, table, gain, NULL, 1, V, C,
                                true, part);
 }
