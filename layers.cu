@@ -1143,7 +1143,9 @@ static void add_losses_naive(StepState *state, const real *losses, size_t N, voi
 static __device__ double block_sum(double v) {
     __shared__ double warps[32];
     v = warp_sum(v);
-    __syncthreads();  // in a second call: the first warp has read the sums of the first
+    // In a kernel's first call this prevents nothing. In a later one: the first warp has read the
+    // call before's sums before another warp writes over them.
+    __syncthreads();
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
     __syncthreads();  // every warp's sum is there before the first warp adds them
     return warp_sum(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : 0.0);
