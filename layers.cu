@@ -736,7 +736,7 @@ static_assert((int)THREADS == (int)WARP_C, "a thread per column");
 enum { PAIR_COLUMNS = 8, PAIR_LINES = 128 };
 __global__ void add_pairs(float *first, float *second, const float *part, size_t rows, int C) {
     begin_dependent();
-    __shared__ float sums[PAIR_LINES][PAIR_COLUMNS + 1];
+    __shared__ float sums[PAIR_LINES][PAIR_COLUMNS];  // a warp's four lines: all 32 banks, once
     int tx = threadIdx.x, ty = threadIdx.y, c = blockIdx.x * PAIR_COLUMNS + tx;
     float sum = 0;
 #pragma unroll 4
