@@ -724,6 +724,13 @@ INLINE void ring_skip(Ring *r, int n, int slots) {
         r->phase ^= 1;
     }
 }
+// Waits until this warp's products are done, all but those of the last PENDING stages: then the
+// slot that `empty` belongs to has a reader less.
+template <int PENDING>
+INLINE void free_slot(uint32_t empty) {
+    wgmma_wait<PENDING>();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+}
 #endif
 
 enum {
@@ -890,6 +897,20 @@ INLINE void transpose_quad(uint32_t w[4]) {
         w[2] = send0, w[3] = send1;
 }
 
+// What end.side holds for a lane's sums: of 32 columns after 32, its eight in row i0 and 8 rows on.
+// Four neighbouring lanes: 64 bytes of a row; a warp: eight rows at a time.
+template <int TILE_O>
+INLINE void load_side(uint4 side[TILE_O / 16], const ConvArgs *a, const bool inside[2], size_t i0,
+                      int left) {
+#pragma unroll
+    for (int j = 0; j < TILE_O / 16; j++) {
+        side[j] = make_uint4(0, 0, 0, 0);
+        if (a->end.side && inside[j % 2] && 32 * (j / 2) < left)
+            side[j] = *(const uint4 *)(a->end.side + i0 + 32 * (j / 2) +
+                                       j % 2 * 8 * (size_t)a->n_out);
+    }
+}
+
 // A tile's sums become activations, 32 columns of two rows at a time: more would not fit into
 // registers beside the sums. i0: element of the lane's first eight, `left` columns from there on;
 // kept: of draw_kept_rows.
@@ -964,14 +985,7 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
         const size_t row = (size_t)b * a->T + t0 + row0, i0 = row * a->n_out + out0 + 8 * q;
         const bool inside[2] = {t0 + row0 < a->T, t0 + row0 + 8 < a->T};
         uint4 side[TILE_O / 16];  // read now: the products hide how long it takes
-        // Four neighbouring lanes: 64 bytes of a row; a warp: eight rows at a time.
-#pragma unroll
-        for (int j = 0; j < TILE_O / 16; j++) {
-            side[j] = make_uint4(0, 0, 0, 0);
-            if (a->end.side && inside[j % 2] && 32 * (j / 2) < left)
-                side[j] = *(const uint4 *)(a->end.side + i0 + 32 * (j / 2) +
-                                           j % 2 * 8 * (size_t)a->n_out);
-        }
+        load_side<TILE_O>(side, a, inside, i0, left);
         uint32_t kept[2] = {0, 0};  // drawn now: a group waits for its turn anyway
         if (!BACKWARD && drop->threshold)
             draw_kept_rows<TILE_O / 32>(kept, drop, step_number, drop->first + row, out0 + 8 * q,
@@ -988,10 +1002,7 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
             for (int half = 0; half < 2; half++) {
                 mbarrier_wait(full, r.phase);
                 multiply_stage<BACKWARD, TAPS, TILE_O>(acc, x, w, half, shift, c | half);
-                if (half > 0 || c > 0) {  // the stage before is multiplied: its slot is free
-                    wgmma_wait<1>();
-                    if (lane == 0) mbarrier_arrive(before);
-                }
+                if (half > 0 || c > 0) free_slot<1>(before);  // the stage before is multiplied
                 before = full + 8 * MAX_SLOTS;  // the slot's `empty`
                 full += 8;
                 x = operand_at(x, a->stage_bytes);
@@ -1006,8 +1017,7 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
         }
         // The next group's products may queue behind our last.
         if (lane == 0) mbarrier_arrive(bar.order + 8 * ((group + 1) % CONV_GROUPS));
-        wgmma_wait<0>();
-        if (lane == 0) mbarrier_arrive(before);
+        free_slot<0>(before);
         ring_skip(&r, (CONV_GROUPS - 1) * 2 * chunks, a->slots);  // the others' stages
         n += CONV_GROUPS;
         finish_tile<BACKWARD, TILE_O>(a, acc, side, kept, inside, i0, out0, left);
@@ -1254,9 +1264,8 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
                               operand_at(dy_op, r.slot * stage_bytes), i > begin);
         sum_dy<PARTS>(sum, smem + r.slot * stage_bytes, group, a.groups, warp, lane);
         if (i > begin) {
-            wgmma_wait<1>();
             int before = r.slot ? r.slot - 1 : a.slots - 1;
-            if (lane == 0) mbarrier_arrive(empty + 8 * before);
+            free_slot<1>(empty + 8 * before);
         }
         ring_skip(&r, 1, a.slots);
         if (i - begin < 2) continue;
