@@ -25,7 +25,7 @@
 //                    forward            to the input       to the weights
 //   naive       3.87 ms   3.3 TFLOP/s   25.7 ms   0.5      14.0 ms   0.9
 //   tile        1.50 ms   8.6           1.47 ms   8.7      2.95 ms   4.4
-//   block       0.346 ms  37.2          0.408 ms  31.6     0.316 ms  40.7
+//   block       0.342 ms  37.7          0.415 ms  31.1     0.316 ms  40.8
 //   cuBLAS on the bare product of that size: 43 to 46 TFLOP/s
 #include "kernels.h"
 
@@ -302,9 +302,10 @@ static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvSha
 // are on their way from memory into registers while this one is computed, and go into the other of
 // two shared buffers: one barrier per step.
 // Saved: 32 times fewer shared-memory load instructions; tiles of 128 quarter the cache traffic.
-// Cost: 64 sums + 16 operands + 8 values on their way = 120 registers, so 16 warps per SM; and a
-// small N fills few blocks of 128 x 128, so there are smaller tiles for that. An output's sum runs
-// over k, then c, in order, whatever the tile: its bits do not depend on the choice.
+// Cost: 64 sums, 16 operands, 8 values on their way and their addresses take the 128 registers that
+// 16 warps per SM leave a thread; and a small N fills few blocks of 128 x 128, so there are smaller
+// tiles for that. An output's sum runs over k, then c, in order, whatever the tile: its bits do not
+// depend on the choice.
 // Measured: 1.50 -> 0.342 ms forward, 1.47 -> 0.415 ms to the input: 60 % and 49 % of the rate.
 // Where the rest goes: 512 of 618 instructions of a step are multiply-adds; the finish takes some
 // 80 instructions a value, dropout included. Tried and dropped: turning the sums in shared memory
@@ -335,7 +336,7 @@ struct Block {
     float a[2][DEPTH][PITCH], b[2][DEPTH][PITCH];
 };
 
-// Which outputs are mine: groups of four rows from my_row, of four columns from my_column, each
+// Which outputs are mine: groups of four rows from *row on, of four columns from *column on, each
 // group 4*SIDE after the one before. A warp of 4 x 8 threads reads 64 bytes of one operand and 128
 // of the other per load: no bank twice.
 template <int SIZE>
@@ -666,7 +667,7 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
             put_straight<SIZE>(tile.b[now], l, b[l]);
             dy_sum.x += b[l].x, dy_sum.y += b[l].y, dy_sum.z += b[l].z, dy_sum.w += b[l].w;
         }
-        __syncthreads();  // as in conv_block
+        __syncthreads();  // the tiles are whole; they are next written two steps on (conv_block)
         if (n0 + G::DEPTH < n_end)
             fetch_rows<SIZE, VEC>(a, b, x, dy, s, n0 + G::DEPTH, n_end, c0, o0, k * s.dil);
         multiply_step<SIZE>(sum, tile, now, row, column);

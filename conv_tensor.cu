@@ -12,7 +12,7 @@
 // Measured for wgmma on an H100 80GB HBM3, each kernel many times in a graph, median; C = O = 256,
 // K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by less than 5 % mostly, by 14 % at
 // 131072 rows. (./bench --only ladder launches each alone, which adds some 6 us.) All but mma were
-// measured before dropout's draws moved to where they are now in the epilogue.
+// measured before dropout's draws moved to where they are now, ahead of the products.
 //   rows                         128  1024  8192  16384        32768              131072
 //   forward, bias and GELU      3.08  4.19   8.7  13.1 (491)  23.2 (556)         86.9 (593)
 //     and a residual            3.08  4.27   9.2  14.2 (453)  28.7 (449)        107.6 (479)
@@ -110,7 +110,8 @@ INLINE void draw_kept(uint32_t kept[2], const Dropout *d, uint32_t step, uint64_
             kept[w / 2] |= __vcmpgeu4(r.v[w], thresholds) & 0x01010101u << (2 * g + w % 2);
     }
 }
-// The same of rows `row` and row + 8. Mostly these are such a pair; in a warp, mostly all are.
+// The same of rows `row` and row + 8. These are such a pair where row % 16 < 8: for all of a warp,
+// if T is a multiple of 16.
 template <int GROUPS>
 INLINE void draw_kept_rows(uint32_t kept[2], const Dropout *d, uint32_t step, uint64_t row,
                            int col, int width) {
@@ -141,8 +142,9 @@ INLINE uint4 drop8(uint4 v, uint32_t kept, int g) {
     return v;
 }
 
-// v[h], h = 0, 1: eight sums each, as bf16, of row r and of row r + 8. i: element of v[0];
-// inside[h]: that row exists; side[h]: what end->side holds there, or zeros.
+// From here to finish_backward8: v[h], h = 0, 1, are eight sums each, as bf16, of row r and of row
+// r + 8. i: element of v[0]; inside[h]: that row exists; side[h]: what end->side holds there, or
+// zeros.
 INLINE void store2(bf16 *dst, const uint4 v[2], const bool inside[2], size_t i, int width) {
     // An ordinary store each; written as one nvcc makes some of them four of 4 bytes.
     if (inside[0]) __stwb((uint4 *)(dst + i), v[0]);
@@ -254,7 +256,7 @@ static bool all_aligned(const ConvEnd *e, const void *x, const void *w) {
 // Count: a block of 64 x 64 sums takes 2*64*64*32 = 262,144 operations and 8192 bytes a step, 32
 // operations for a byte, so 115 TFLOP/s are 3.6 TB/s out of the L2 cache.
 // Cost: operands still pass through registers, loaded again by every warp that needs them.
-// Measured, forward, 32768 rows: 112 us, a third of block's 346.
+// Measured, forward, 32768 rows: 112 us, a third of block's 342.
 //
 // All three products are sum over r of A[m,r] B[r,n], and differ in what lies side by side:
 //               m         n    r             A                       B
@@ -305,7 +307,8 @@ template <int PENDING>
 INLINE void copy_wait(void) {  // for all but the last PENDING groups
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-// Four 8 x 8 matrices, whose lines begin where lanes 0-7, 8-15, 16-23 and 24-31 point; turned.
+// Four 8 x 8 matrices, whose lines begin where lanes 0-7, 8-15, 16-23 and 24-31 point. TURN: each
+// is turned on its way.
 template <bool TURN>
 INLINE void ldmatrix(uint32_t r[4], uint32_t addr) {
     if (TURN)
@@ -480,8 +483,8 @@ __global__ void __launch_bounds__(MMA_THREADS) conv_mma(MmaArgs a) {
             copy_commit();  // an empty group: the waits below count groups
     for (int i = 0; i < steps; i++) {
         copy_wait<MMA_STAGES - 2>();
-        // Step i is here for all threads; and all have multiplied step i - 1, whose place the next
-        // copies overwrite.
+        // All threads' copies of step i are here, not only this one's; and all have multiplied step
+        // i - 1, and added up its dy, before the next copies overwrite it.
         __syncthreads();
         int next = i + MMA_STAGES - 1, now = i % MMA_STAGES * 2 * MMA_OPERAND;
         if (next < steps)
@@ -897,7 +900,8 @@ INLINE void transpose_quad(uint32_t w[4]) {
         w[2] = send0, w[3] = send1;
 }
 
-// What end.side holds for a lane's sums: of 32 columns after 32, its eight in row i0 and 8 rows on.
+// What end.side holds beside a lane's sums, as finish_tile takes it: side[2g] and side[2g + 1] are
+// its eight columns of group g of 32, in its row and 8 rows on.
 // Four neighbouring lanes: 64 bytes of a row; a warp: eight rows at a time.
 template <int TILE_O>
 INLINE void load_side(uint4 side[TILE_O / 16], const ConvArgs *a, const bool inside[2], size_t i0,
@@ -996,7 +1000,7 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
         Operand x = operand_at(x_op, r.slot * a->stage_bytes), w = w_op;
         uint32_t full = bar.full + 8 * r.slot, before = 0;
         for (int c = 0; c < chunks; c++) {
-            if (n < CONV_GROUPS)
+            if (n < CONV_GROUPS)  // this group's first tile; for its next ones they are there
                 for (int k = 0; k < TAPS; k++) mbarrier_wait(bar.weights + 8 * (c * TAPS + k), 0);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -1065,6 +1069,7 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 //     dw[k] (C,O) = sum over rows of  x[row - k*dil]^T  dy[row]
 //
 // Both operands have the summed index, time, outside; wgmma turns them.
+// Bound before: as above, operands on their way, from L2 and through registers.
 // Idea: a block keeps a tile of sums, TAPS taps x CHUNKS*64 channels c x TILE_O channels o, in
 // registers while its slab of rows passes by; a warpgroup owns one tap of 64 channels c. Thread 0
 // copies between its products, because sums have all the registers.
@@ -1077,6 +1082,7 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 // Few rows: the time is mostly dw's, read and written by as many blocks as there are tiles. A tile
 // of 64 channels o makes four times as many, in one slab or few. A single slab adds to dw itself:
 // no scratch, no second kernel. weight_plan below counts what is best.
+// Measured: one layer of 32768 rows, launched alone, 123 -> 40 us; in company as the head says.
 //
 //   shared memory   | stage 0 | stage 1 | .. 5 of 41 KB | barriers full, empty |
 //   a stage         | dy: PARTS x [64 rows x 64 o] | x: CHUNKS x [64 + (K-1)*dil rows x 64 c] |
@@ -1159,7 +1165,8 @@ INLINE void sum_dy(float2 sum[PARTS], const char *stage, int group, int groups, 
         }
     }
 }
-// The eight warps' sums of each column meet in shared memory; then one warp has the slab's.
+// The eight warps' sums of a column meet in shared memory, where one warp a part adds them up: that
+// is the slab's sum, for db or for the second kernel.
 template <int PARTS>
 INLINE void finish_dy_sum(const WeightArgs *a, float2 *sums, const float2 sum[PARTS], int job_n,
                           int o0, int group, int warp, int lane) {
@@ -1433,7 +1440,7 @@ static int conv_slots(ConvShape s, int n_in, int n_out, int tile_o) {
     return slots < LEAST_SLOTS ? 0 : slots > MAX_SLOTS ? MAX_SLOTS : slots;
 }
 static bool wgmma_takes(ConvShape s, int n_in, int n_out) {
-    return have_wgmma() && conv_slots(s, n_in, n_out, 128) > 0;
+    return have_wgmma() && conv_slots(s, n_in, n_out, 128) > 0;  // the tile with more weights
 }
 
 bool tensor_supported(ConvShape s) {
@@ -1486,7 +1493,8 @@ template <bool BACKWARD>
 static void conv_tiles(const ConvEnd &end, const void *x, const bf16 *w, ConvShape s,
                        bool settled) {
     size_t tiles = s.B * ceil_div(s.T, SUM_TILE);
-    // C = 256: up to 16 tiles, 1024 rows. Each block fetches 49,152 bytes of weights for 196,608.
+    // C = 256: up to 16 tiles, 1024 rows. A block then fetches 49,152 bytes of weights instead of
+    // 196,608.
     if (tiles * ceil_div(BACKWARD ? s.C : s.O, 32) <= SMALL_BLOCKS)
         conv_taps<BACKWARD, 32>(end, x, w, s, settled);
     else
