@@ -180,7 +180,7 @@ static void step_table(void) {
     for (int i = 0; i < 3; i++) step_row(backend, cpu ? 16 : 32, T[i]);
 }
 
-// ---- Where a step's time goes: a backend that times every call and passes it on -----------------
+// ---- Where a step's time goes, on the CPU: a backend that times every call and passes it on -----
 
 enum { ZERO, BATCH, EMBED_F, NORM_F, CONV_F, LOSS, SUM, NORM_B, CONV_BI, CONV_BW, EMBED_B, OPTIM,
        N_TIMED };
@@ -188,31 +188,26 @@ static const char *const timed_names[N_TIMED] = {
     "zero", "draw_batch", "embed_forward", "norm_forward", "conv_forward", "cross_entropy",
     "add_losses", "norm_backward", "conv_backward_input", "conv_backward_weight", "embed_backward",
     "optimize"};
-static double timed[N_TIMED];  // seconds
 static struct {
-    double flops, bytes;  // operations; bytes that must move, every operand once
+    double seconds, flops, bytes;  // operations; bytes that must move, every operand once
     int calls;
-} counted[N_TIMED];
+} timed[N_TIMED];
 
-// Counts and times one call. A GPU's clock is read when the step is over.
-#define TIMED(entry, operations, moved, call)                     \
-    do {                                                          \
-        double t0 = now();                                        \
-        call;                                                     \
-        if (backend == &cpu_backend) timed[entry] += now() - t0;  \
-        else gpu_lap(entry);                                      \
-        counted[entry].flops += (operations);                     \
-        counted[entry].bytes += (moved);                          \
-        counted[entry].calls++;                                   \
+// Counts and times one call.
+#define TIMED(entry, operations, moved, call)  \
+    do {                                       \
+        double t0 = now();                     \
+        call;                                  \
+        timed[entry].seconds += now() - t0;    \
+        timed[entry].flops += (operations);    \
+        timed[entry].bytes += (moved);         \
+        timed[entry].calls++;                  \
     } while (0)
 
 static double conv_flops(ConvShape s) { return 2.0 * s.B * s.T * s.C * s.O * s.K; }
 // One array of activations (N,C).
 static double array_bytes(size_t N, int C) { return (double)(N * backend->act_bytes) * C; }
-
-static double weight_bytes(ConvShape s) {
-    return (double)backend->act_bytes * s.K * s.C * s.O;  // tensor reads them in bf16, too
-}
+static double weight_bytes(ConvShape s) { return (double)sizeof(real) * s.K * s.C * s.O; }
 
 static void t_zero(void *p, size_t bytes) {
     TIMED(ZERO, 0, (double)bytes, backend->zero(p, bytes));
@@ -279,45 +274,27 @@ static void t_optimize(real *params, real *grads, real *m, real *v, real *ema, s
           backend->optimize(params, grads, m, v, ema, n, n_decay, state, loss_scale, h, work));
 }
 
-// What the machine could do at best, in operations and bytes a second; 0: not known here.
-static void ceilings(double *flops, double *bytes) {
-    bool cpu = backend == &cpu_backend;
-    *bytes = cpu ? 0 : gpu_copy_rate();
-    *flops = cpu ? 0
-             : backend->act_bytes < sizeof(real) ? gpu_cublas_rate(8192, 8192, 8192, true)
-                                                 : gpu_fma_rate();
-}
-
-static void layers_rows(int steps) {
-    double total = 0, most_flops, most_bytes;
-    ceilings(&most_flops, &most_bytes);
-    for (int i = 0; i < N_TIMED; i++) total += timed[i];
-    if (most_bytes > 0)
-        printf("# the limit: %.0f TFLOP/s (%s) or %.0f GB/s (a large copy), whichever binds\n",
-               most_flops / 1e12, backend->act_bytes < sizeof(real) ? "cuBLAS, 8192^3 in bf16"
-                                                                    : "float32 multiply-adds",
-               most_bytes / 1e9);
-    row(7, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s", "GB/s",
-                            "of the limit"});
+static void operation_rows(int steps) {
+    double total = 0;
+    for (int i = 0; i < N_TIMED; i++) total += timed[i].seconds;
+    row(6, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s", "GB/s"});
     for (int i = 0; i < N_TIMED; i++) {
-        char c[6][32];
-        double s = timed[i] / steps, f = counted[i].flops / steps, b = counted[i].bytes / steps;
-        double best = most_flops > 0 ? f / most_flops : 0;
-        if (most_bytes > 0 && b / most_bytes > best) best = b / most_bytes;
-        if (!counted[i].calls) continue;
-        row(7, (const char *[]){timed_names[i],
-                                number(c[0], "%.0f", (double)counted[i].calls / steps),
-                                number(c[1], "%.3f", s * 1e3),
-                                number(c[2], "%.1f%%", 100 * timed[i] / total),
-                                f > 0 ? number(c[3], "%.1f", f / s / 1e9) : "-",
-                                number(c[4], "%.1f", b / s / 1e9),
-                                best > 0 ? number(c[5], "%.0f%%", 100 * best / s) : "-"});
+        char c[5][32];
+        double s = timed[i].seconds;
+        if (!timed[i].calls) continue;
+        row(6, (const char *[]){timed_names[i],
+                                number(c[0], "%.0f", (double)timed[i].calls / steps),
+                                number(c[1], "%.3f", s / steps * 1e3),
+                                number(c[2], "%.1f%%", 100 * s / total),
+                                timed[i].flops > 0 ? number(c[3], "%.1f", timed[i].flops / s / 1e9)
+                                                   : "-",
+                                number(c[4], "%.1f", timed[i].bytes / s / 1e9)});
     }
     char ms[32];
     row(3, (const char *[]){"all", "", number(ms, "%.3f", total / steps * 1e3)});
 }
 
-static void layers_table(void) {
+static void step_by_operation(int B, int T) {
     Backend b = *backend;
     b.zero = t_zero;
     b.embed_forward = t_embed_forward;
@@ -331,31 +308,112 @@ static void layers_table(void) {
     b.add_losses = t_add_losses;
     b.draw_batch = t_draw_batch;
     b.optimize = t_optimize;
-    b.record = NULL;  // call by call
     Model m;
     Error e;
+    if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
+    model_train_step(&m);  // warm-up
+    memset(timed, 0, sizeof timed);
+    int steps = 0;
+    for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
+        model_train_step(&m);
+    model_free(&m);
+    char what[96];
+    snprintf(what, sizeof what, "a step of %dx%d by operation", B, T);
+    title("layers", what);
+    operation_rows(steps);
+}
+
+// ---- The same on a GPU, by kernel: the count of every launch stands beside it -------------------
+
+// What this GPU was measured to do in a second, in operations of matrix products and in bytes. 0:
+// not known.
+typedef struct {
+    double flops, bytes;
+} Limit;
+
+static Limit measure_limit(void) {
+    bool in_bf16 = backend->act_bytes < sizeof(real);
+    Limit l = {in_bf16 ? gpu_cublas_rate(8192, 8192, 8192, true) : gpu_fma_rate(),
+               gpu_copy_rate()};
+    printf("# the limit: %.0f TFLOP/s (%s) or %.0f GB/s (a large copy), whichever binds\n",
+           l.flops / 1e12, in_bf16 ? "cuBLAS, 8192^3 in bf16" : "float32 multiply-adds",
+           l.bytes / 1e9);
+    return l;
+}
+
+// Seconds that k's work takes at the least.
+static double least_seconds(const KernelTime *k, Limit l) {
+    double f = l.flops > 0 ? k->flops / l.flops : 0, b = l.bytes > 0 ? k->bytes / l.bytes : 0;
+    return f > b ? f : b;
+}
+
+// One line. k: of one step; total: what its share is a share of; least: at the limit, seconds.
+static void kernel_row(const KernelTime *k, double total, double least) {
+    char c[6][32];
+    double s = k->seconds;
+    row(7, (const char *[]){k->name, number(c[0], "%.0f", (double)k->launches),
+                            number(c[1], "%.1f", s * 1e6), number(c[2], "%.1f%%", 100 * s / total),
+                            k->flops > 0 ? number(c[3], "%.1f", k->flops / s / 1e12) : "-",
+                            number(c[4], "%.0f", k->bytes / s / 1e9),
+                            number(c[5], "%.0f%%", 100 * least / s)});
+}
+
+// n rows of so many steps, then what they come to, at a limit that is the sum of theirs: one after
+// the other, as they were traced, and in `step` seconds, as training runs them.
+static void kernel_rows(KernelTime *k, int n, int steps, double step) {
+    KernelTime all = {.name = "all, one after the other"};
+    double least = 0;
+    Limit limit = measure_limit();
+    printf("# launches one at a time; in a recorded step they overlap, and it takes less\n");
+    row(7, (const char *[]){"kernel", "launches", "us", "share", "TFLOP/s", "GB/s",
+                            "of the limit"});
+    for (int i = 0; i < n; i++) {
+        k[i].launches /= steps;
+        k[i].seconds /= steps;
+        k[i].flops /= steps;
+        k[i].bytes /= steps;
+        all.launches += k[i].launches;
+        all.seconds += k[i].seconds;
+        all.flops += k[i].flops;
+        all.bytes += k[i].bytes;
+        least += least_seconds(&k[i], limit);
+    }
+    for (int i = 0; i < n; i++) kernel_row(&k[i], all.seconds, least_seconds(&k[i], limit));
+    kernel_row(&all, all.seconds, least);
+    KernelTime real_step = all;
+    real_step.name = "a step, recorded";
+    real_step.seconds = step;
+    kernel_row(&real_step, all.seconds, least);
+}
+
+static void queue_step(void *m) { model_train_step(m); }
+
+static void step_by_kernel(int B, int T) {
+    static KernelTime rows[MOST_KERNEL_TIMES];
+    Backend b = *backend;
+    b.record = NULL;  // launch by launch: a trace does not see into a recording
+    Model m;
+    Error e;
+    char what[96];
+    snprintf(what, sizeof what, "a step of %dx%d by kernel", B, T);
+    if (open_model(&m, backend, B, T, &e)) die(&cli, &e);
+    double step = step_seconds(&m, NULL);
+    model_free(&m);
+    if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
+    gpu_trace(queue_step, &m, rows, 0);  // warm-up: the next begins again with no rows
+    int n = 0, steps = 0;
+    for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
+        n = gpu_trace(queue_step, &m, rows, n);
+    model_free(&m);
+    title("layers", what);
+    kernel_rows(rows, n, steps, step);
+}
+
+static void layers_table(void) {
     bool cpu = backend == &cpu_backend;
     int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32;
     int T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
-    if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
-    model_train_step(&m);
-    int steps = 0;
-    for (double begin = 0; steps < 3 || now() - begin < opt.seconds; steps++) {
-        if (steps == 0) {  // all before was warm-up
-            if (!cpu) gpu_read_laps(timed);
-            memset(timed, 0, sizeof timed);
-            memset(counted, 0, sizeof counted);
-            begin = now();
-        }
-        if (!cpu) gpu_lap(0);  // starts the clock
-        model_train_step(&m);
-        if (!cpu) gpu_read_laps(timed);
-    }
-    char what[96];
-    snprintf(what, sizeof what, "a step of %dx%d by operation (call by call)", B, T);
-    title("layers", what);
-    layers_rows(steps);
-    model_free(&m);
+    (cpu ? step_by_operation : step_by_kernel)(B, T);
 }
 
 // ---- Streaming: the limit is how fast the weights come from cache ------------------------------
@@ -513,18 +571,23 @@ static void memory_table(void) {
     }
 }
 
-// Every kernel of the table at one shape, as a share of what this device was measured to do.
+// Every kernel of the table at one shape, as a share of what this device was measured to do. Small
+// shapes work out of L2, where the same call just before has left what it read (gpu_time).
 static void ladder_table(void) {
     int n;
     const Kernel *kernels = gpu_kernels(&n);
     ConvShape s = {opt.batch ? (int)opt.batch : 32, opt.seq ? (int)opt.seq : 1024, 256, 256, 3, 4};
     double copy = gpu_copy_rate(), fma = gpu_fma_rate();
     double gemm = gpu_cublas_rate(s.B * s.T, 256, 768, false);
+    double gemm_bf16 = gpu_cublas_rate(s.B * s.T, 256, 768, true);
     char what[160], c[6][32];
     snprintf(what, sizeof what, "every kernel at %dx%d, C = O = 256, K = 3, dil = 4", s.B, s.T);
     title("ladder", what);
-    printf("# ceilings here: copy %.0f GB/s, float32 multiply-add %.1f TFLOP/s, cuBLAS float32 on "
-           "the same product %.1f TFLOP/s\n", copy / 1e9, fma / 1e12, gemm / 1e12);
+    printf("# ceilings here: copy %.0f GB/s, float32 multiply-add %.1f TFLOP/s, cuBLAS on the bare "
+           "product %.1f TFLOP/s in float32, %.1f in bf16\n", copy / 1e9, fma / 1e12, gemm / 1e12,
+           gemm_bf16 / 1e12);
+    printf("# calls in a row, recorded, so without the host's launches; conv_forward with bias and "
+           "GELU, without residual and dropout\n");
     row(6, (const char *[]){"kernel", "us", "TFLOP/s", "GB/s", "of FMA", "of copy"});
     for (int i = 0; i < n; i++) {
         double flops, bytes, t = kernel_seconds(&kernels[i], s, &flops, &bytes);
@@ -544,11 +607,11 @@ static const struct {
     bool cpu, gpu;  // printed there unless --only asks for others
 } tables[] = {
     {"step", "a whole training step at several lengths", step_table, true, true},
-    {"layers", "the same step by operation", layers_table, true, true},
+    {"layers", "where its time goes: by operation, on a GPU by kernel", layers_table, true, true},
     {"stream", "generation on the CPU", stream_table, true, false},
     {"table1", "the paper's Table 1 on the GPU", table1, false, true},
     {"memory", "the paper's memory table", memory_table, false, true},
-    {"ladder", "every GPU kernel alone", ladder_table, false, true},
+    {"ladder", "every GPU kernel, again and again", ladder_table, false, true},
 };
 enum { N_TABLES = sizeof tables / sizeof *tables };
 

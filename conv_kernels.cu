@@ -44,6 +44,22 @@ struct Finish {
     bool accumulate;  // backward: dx += sum
 };
 
+// How many arrays of its width that moves: backward pre is read and written, as dx where it adds.
+template <typename T>
+static int finish_arrays(const Finish<T> &f, bool ahead) {
+    return (f.out != NULL) + (f.res != NULL) + (f.dx != NULL) + f.accumulate + (f.a != NULL) +
+           (f.pre != NULL) * (ahead ? 2 : 1);
+}
+// A launch's bytes: x and what becomes of the sums, or dy and that.
+template <typename T>
+static double forward_bytes(const Finish<T> &f, ConvShape s) {
+    return conv_bytes(s, sizeof(T), 1, finish_arrays(f, false));
+}
+template <typename T>
+static double backward_bytes(const Finish<T> &f, ConvShape s) {
+    return conv_bytes(s, sizeof(T), finish_arrays(f, true), 1);
+}
+
 // Row n, channel o:  pre = b + sum, or DROPPED;  out = res + scale * gelu(pre), of pre as it is
 // stored: what backward will read.
 template <typename T>
@@ -154,18 +170,20 @@ static void conv_forward_naive(act *out, act *pre, const act *x, const real *w, 
                                const act *res, Dropout drop, ConvShape s, void *work) {
     (void)work;
     size_t n = (size_t)s.B * s.T * s.O;
-    forward_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
-        (const float *)x, w, forward_finish(out, pre, b, res, drop, s), s);
-    LAUNCHED("conv_forward_naive");
+    const Finish<float> f = forward_finish(out, pre, b, res, drop, s);
+    forward_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>((const float *)x, w,
+                                                                              f, s);
+    LAUNCHED("forward_naive", conv_flops(s), forward_bytes(f, s));
 }
 
 static void conv_backward_input_naive(act *dx, act *pre, act *a, const act *dy, const real *w,
                                       float scale, ConvShape s, bool accumulate, void *work) {
     (void)work;
     size_t n = (size_t)s.B * s.T * s.C;
+    const Finish<float> f = backward_finish(dx, pre, a, scale, s, accumulate);
     backward_input_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
-        (const float *)dy, w, backward_finish(dx, pre, a, scale, s, accumulate), s);
-    LAUNCHED("conv_backward_input_naive");
+        (const float *)dy, w, f, s);
+    LAUNCHED("backward_input_naive", conv_flops(s), backward_bytes(f, s));
 }
 
 static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvShape s,
@@ -176,7 +194,7 @@ static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvSh
         s.dil = j->dil;
         backward_weight_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
             j->dw, j->db, (const float *)j->x, (const float *)j->dy, s);
-        LAUNCHED("conv_backward_weight_naive");
+        LAUNCHED("backward_weight_naive", conv_flops(s), weight_bytes(s, sizeof(float), 1));
     }
 }
 
@@ -269,17 +287,19 @@ static dim3 tile_grid(ConvShape s, int width) {
 static void conv_forward_tile(act *out, act *pre, const act *x, const real *w, const real *b,
                               const act *res, Dropout drop, ConvShape s, void *work) {
     (void)work;
-    conv_tile<false><<<tile_grid(s, s.O), dim3(TILE, TILE), 0, gpu_stream>>>(
-        (const float *)x, w, forward_finish(out, pre, b, res, drop, s), s);
-    LAUNCHED("conv_forward_tile");
+    const Finish<float> f = forward_finish(out, pre, b, res, drop, s);
+    conv_tile<false><<<tile_grid(s, s.O), dim3(TILE, TILE), 0, gpu_stream>>>((const float *)x, w, f,
+                                                                             s);
+    LAUNCHED("conv_tile forward", conv_flops(s), forward_bytes(f, s));
 }
 
 static void conv_backward_input_tile(act *dx, act *pre, act *a, const act *dy, const real *w,
                                      float scale, ConvShape s, bool accumulate, void *work) {
     (void)work;
-    conv_tile<true><<<tile_grid(s, s.C), dim3(TILE, TILE), 0, gpu_stream>>>(
-        (const float *)dy, w, backward_finish(dx, pre, a, scale, s, accumulate), s);
-    LAUNCHED("conv_backward_input_tile");
+    const Finish<float> f = backward_finish(dx, pre, a, scale, s, accumulate);
+    conv_tile<true><<<tile_grid(s, s.C), dim3(TILE, TILE), 0, gpu_stream>>>((const float *)dy, w, f,
+                                                                            s);
+    LAUNCHED("conv_tile backward", conv_flops(s), backward_bytes(f, s));
 }
 
 static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvShape s,
@@ -290,7 +310,7 @@ static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvSha
         s.dil = j->dil;
         weight_tile<<<grid, dim3(TILE, TILE), 0, gpu_stream>>>(j->dw, j->db, (const float *)j->x,
                                                                (const float *)j->dy, s);
-        LAUNCHED("conv_backward_weight_tile");
+        LAUNCHED("weight_tile", conv_flops(s), weight_bytes(s, sizeof(float), 1));
     }
 }
 
@@ -538,7 +558,8 @@ static void launch_block(const T *in, const T *w, const Finish<T> &f, ConvShape 
     else
         conv_block<SIZE, AHEAD, false>
             <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, f, s, across);
-    LAUNCHED(AHEAD ? "conv_backward_input_block" : "conv_forward_block");
+    LAUNCHED(AHEAD ? "conv_block backward" : "conv_block forward", conv_flops(s),
+             AHEAD ? backward_bytes(f, s) : forward_bytes(f, s));
 }
 
 template <bool AHEAD, typename T>
@@ -718,7 +739,7 @@ static void launch_weight(float *dw, float *db, float *part, const T *x, const T
     else
         weight_block<SIZE, false>
             <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(dw, db, part, x, dy, s, p);
-    LAUNCHED("conv_backward_weight_block");
+    LAUNCHED("weight_block", conv_flops(s), weight_bytes(s, sizeof(T), p.slabs));
 }
 
 template <typename T>
@@ -735,7 +756,7 @@ static void one_weight_block(const WeightJob *j, ConvShape s, float *part) {
     size_t weights = (size_t)s.K * s.C * s.O;
     add_slabs<<<(unsigned)ceil_div(weights + s.O, THREADS), THREADS, 0, gpu_stream>>>(
         j->dw, j->db, part, weights, s.O, p.slabs);
-    LAUNCHED("add_slabs");
+    LAUNCHED("add_slabs", 0, slabs_bytes(s, p.slabs));
 }
 
 template <typename T>

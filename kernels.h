@@ -36,6 +36,14 @@ typedef struct {
     int driver, runtime;  // CUDA versions, 13000 = 13.0
 } GpuInfo;
 
+// What the launches of one kernel took, and what they had to do (LAUNCHED, below, counts it).
+typedef struct {
+    const char *name;
+    int launches;
+    double seconds, flops, bytes;
+} KernelTime;
+enum { MOST_KERNEL_TIMES = 64 };  // more than there are names
+
 // What a check of one kernel found.
 typedef struct {
     double error;        // worst over the outputs: |out - cpu| / |cpu|, norms over a tensor
@@ -65,14 +73,18 @@ void kernel_install(Backend *b, const Kernel *k);
 // Whether the convolutions' last rung (wgmma) runs this shape itself on this GPU, or hands it down.
 bool tensor_supported(ConvShape s);
 
-// Median seconds of f(arg), which queues work on the GPU: device events, after a warm-up. -1 where
-// the device reported an error.
+// Seconds on the GPU of one f(arg), which queues work, among several in a row: 1 to 50 of them, for
+// 1 ms or so, recorded into a graph and replayed; the median, divided. So the host's launches are
+// not in it, and dependent launches overlap as in a step. All calls work on the same arrays: what
+// L2 can hold of them it has from the call before. What cannot be recorded is called in a row
+// without. -1 where the device reported an error.
 double gpu_time(void (*f)(void *), void *arg);
-// Seconds on the GPU of pieces of queued work, without waiting in between: gpu_lap notes that what
-// was queued since the last lap is entry's (the first lap only starts the clock); gpu_read_laps
-// waits, adds every lap to seconds[entry] and forgets them. At most 1024 laps.
-void gpu_lap(int entry);
-void gpu_read_laps(double *seconds);
+// Runs f(arg), and adds what each of its launches took to the row of its name: one of the n that
+// are there, or a new one, in the order of first launches. Returns how many rows there are now, at
+// most MOST_KERNEL_TIMES. Only what f launches itself is seen, not what it records or replays, and
+// of that the first 1024. Each runs by itself, because its clock is read before the next one may
+// start: together they take longer than where dependent launches overlap.
+int gpu_trace(void (*f)(void *), void *arg, KernelTime *rows, int n);
 
 // Ceilings, measured: bytes/s of a large copy (read + written), FLOP/s of independent float32
 // multiply-adds, FLOP/s of cuBLAS on (M,K)x(K,N) in float32 or bf16 (0 unless built WITH_CUBLAS).
@@ -115,8 +127,9 @@ static inline double gpu_fma_rate(void) { return 0; }
 static inline double gpu_cublas_rate(int M, int N, int K, bool in_bf16) {
     return (void)M, (void)N, (void)K, (void)in_bf16, 0;
 }
-static inline void gpu_lap(int entry) { (void)entry; }
-static inline void gpu_read_laps(double *seconds) { (void)seconds; }
+static inline int gpu_trace(void (*f)(void *), void *arg, KernelTime *rows, int n) {
+    return (void)f, (void)arg, (void)rows, n;
+}
 static inline double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes) {
     (void)k, (void)s;
     return *flops = *bytes = -1;
@@ -141,9 +154,37 @@ extern cudaStream_t gpu_stream;
 // Notes an error. The first one stays until Backend.error() has reported it.
 void gpu_note(cudaError_t code, const char *what);
 #define CHECK(call) gpu_note(call, #call)
-// After every launch, which gives nothing to CHECK. What goes wrong while the kernel runs, a later
-// call notes.
-#define LAUNCHED(name) gpu_note(cudaGetLastError(), name)
+// After every launch, which gives nothing to CHECK; what goes wrong while the kernel runs, a later
+// call notes. With it stands the count of what the launch has to do, of which gpu_trace makes a
+// share of the limit:
+//   flops   operations of matrix products; of all else 0, because there bytes are the bound
+//   bytes   the fewest that can be moved: every operand that is not NULL once, or twice where it
+//           is changed in place; rows of gains and biases are left out. Partial sums count
+//           wherever they lie: a kernel that finds its bytes in L2 may beat a copy in memory.
+// Neither is worked out unless gpu_trace is running.
+#define LAUNCHED(name, flops, bytes)                            \
+    do {                                                        \
+        gpu_note(cudaGetLastError(), name);                     \
+        if (gpu_tracing) gpu_note_launch(name, flops, bytes);   \
+    } while (0)
+extern bool gpu_tracing;
+void gpu_note_launch(const char *name, double flops, double bytes);
+
+// The count of a convolution that moves so many arrays of C channels and of O, in values of `size`
+// bytes, and its weights.
+static inline double conv_flops(ConvShape s) { return 2.0 * s.B * s.T * s.K * s.C * s.O; }
+static inline double conv_bytes(ConvShape s, size_t size, int of_C, int of_O) {
+    double N = (double)s.B * s.T, C = s.C, O = s.O;
+    return (double)size * (N * (of_C * C + of_O * O) + s.K * C * O);
+}
+// Of a weight gradient: x, dy, and the sums of every slab, or dw read and written where there is
+// one; and of the kernel that adds slabs to dw.
+static inline double sums_bytes(ConvShape s) { return sizeof(float) * (double)s.K * s.C * s.O; }
+static inline double weight_bytes(ConvShape s, size_t size, int slabs) {
+    double N = (double)s.B * s.T;
+    return (double)size * N * (s.C + s.O) + (slabs > 1 ? slabs : 2) * sums_bytes(s);
+}
+static inline double slabs_bytes(ConvShape s, int slabs) { return (slabs + 2) * sums_bytes(s); }
 
 #define NAMED_KERNEL(act_type, op, name, launcher, used_by, idea)                   \
     {#op, name, used_by, idea, sizeof(act_type), offsetof(Backend, op),             \

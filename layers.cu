@@ -13,7 +13,8 @@
 // H100's 3 TB/s to read or write once. No kernel adds floats atomically: every sum over rows goes
 // through partial sums at places fixed by the shape, added in order: blocks end in any order, and
 // the bits of a sum of floats depend on it.
-// Measured there, each launched alone, naive -> tiled (./bench --only ladder):
+// Measured there, each launched alone, which adds some 6 us that ./bench --only ladder leaves out,
+// naive -> tiled:
 //   embed          0.20 -> 0.021 ms    backward 2.06 -> 0.042 ms
 //   LayerNorm      0.24 -> 0.030 ms    backward 6.72 -> 0.058 ms
 //   cross-entropy  0.22 -> 0.027 ms    AdamW on 8.4 M parameters 0.58 -> 0.14 ms
@@ -41,6 +42,10 @@ void gpu_note(cudaError_t code, const char *what) {
     snprintf(first_error, sizeof first_error, "%s: %s (%s)", what, cudaGetErrorString(code),
              cudaGetErrorName(code));
 }
+
+// The bytes of an array (N,C) of T, for LAUNCHED.
+template <typename T>
+static double array_bytes(size_t N, int C) { return (double)sizeof(T) * N * C; }
 
 // Asked about, never launched: does this build hold code that the GPU can run?
 __global__ void does_nothing() {}
@@ -144,7 +149,10 @@ static void gpu_free(void *p) {
     }
 }
 
-static void gpu_zero(void *p, size_t bytes) { CHECK(cudaMemsetAsync(p, 0, bytes, gpu_stream)); }
+static void gpu_zero(void *p, size_t bytes) {
+    (void)cudaMemsetAsync(p, 0, bytes, gpu_stream);
+    LAUNCHED("zero", 0, (double)bytes);
+}
 
 // From ordinary host memory: host_src has been read when this returns.
 static void gpu_upload(void *dst, const void *host_src, size_t bytes) {
@@ -240,7 +248,7 @@ __global__ void round_values(bf16 *to, const float *from, size_t n) {
 }
 static void round_to_bf16(bf16 *to, const float *from, size_t n) {
     round_values<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>(to, from, n);
-    LAUNCHED("round_to_bf16");
+    LAUNCHED("round_to_bf16", 0, 6.0 * n);
 }
 
 // The first call for these parameters makes the copy, which is freed with them. Without memory
@@ -342,7 +350,7 @@ static void norm_forward_naive(act *out, const act *x, const real *gain, const r
                                size_t N, int C) {
     norm_rows_naive<<<blocks_for(N, THREADS), THREADS, 0, gpu_stream>>>(
         (float *)out, (const float *)x, gain, bias, N, C);
-    LAUNCHED("norm_forward_naive");
+    LAUNCHED("norm_forward_naive", 0, 2 * array_bytes<float>(N, C));
 }
 
 // The same by a warp, which reads a row four values a lane; later passes find the row in L1.
@@ -461,7 +469,7 @@ static void norm_forward_tiled(act *out, const act *x, const real *gain, const r
     else
         LAUNCH((norm_rows_tiled<false, T>), warps, THREADS, (T *)out, (const T *)x, gain, bias, N,
                C);
-    LAUNCHED("norm_forward_tiled");
+    LAUNCHED("norm_forward_tiled", 0, 2 * array_bytes<T>(N, C));
 }
 
 // forward:  xhat = (x - mean) * rstd;  out = xhat * gain + bias.    With g = dout * gain:
@@ -517,20 +525,25 @@ __global__ void norm_dx_naive(float *dx, float *again, float *pre, const float2 
     }
 }
 
+// How many arrays move: dout, x, dx, which may be read, too, and what else is wanted.
+static int norm_arrays(const act *again, const act *pre, bool accumulate) {
+    return 3 + accumulate + (again != NULL) + 2 * (pre != NULL);
+}
+
 static void norm_backward_naive(act *dx, real *dgain, real *dbias, act *again, act *pre,
                                 const act *dout, const act *x, const real *gain, const real *bias,
                                 float scale, size_t N, int C, bool accumulate, void *work) {
     float2 *moments = (float2 *)work;
     unsigned rows = blocks_for(N, THREADS);
     moments_naive<<<rows, THREADS, 0, gpu_stream>>>(moments, (const float *)x, N, C);
-    LAUNCHED("moments_naive");
+    LAUNCHED("moments_naive", 0, array_bytes<float>(N, C) + 8.0 * N);
     norm_columns_naive<<<blocks_for(C, THREADS), THREADS, 0, gpu_stream>>>(
         dgain, dbias, moments, (const float *)dout, (const float *)x, N, C);
-    LAUNCHED("norm_columns_naive");
+    LAUNCHED("norm_columns_naive", 0, 2 * array_bytes<float>(N, C) + 8.0 * N);
     norm_dx_naive<<<rows, THREADS, 0, gpu_stream>>>(
         (float *)dx, (float *)again, (float *)pre, moments, (const float *)dout, (const float *)x,
         gain, bias, scale, N, C, accumulate);
-    LAUNCHED("norm_dx_naive");
+    LAUNCHED("norm_dx_naive", 0, norm_arrays(again, pre, accumulate) * array_bytes<float>(N, C));
 }
 
 // What a tiled kernel works on.
@@ -767,10 +780,11 @@ static void norm_backward_tiled(act *dx, real *dgain, real *dbias, act *again, a
         LAUNCH((norm_backward_rows<true, T>), blocks, THREADS, a);
     else
         LAUNCH((norm_backward_rows<false, T>), blocks, THREADS, a);
-    LAUNCHED("norm_backward_tiled");
+    LAUNCHED("norm_backward_tiled", 0,
+             norm_arrays(again, pre, accumulate) * array_bytes<T>(N, C) + 8.0 * blocks * C);
     LAUNCH(add_pairs, dim3(blocks_for(C, PAIR_COLUMNS), 2), dim3(PAIR_COLUMNS, PAIR_LINES), dgain,
            dbias, a.part, (size_t)blocks, C);
-    LAUNCHED("add_pairs");
+    LAUNCHED("add_pairs", 0, 8.0 * (blocks + 2) * C);
 }
 
 // ---- Embedding and its LayerNorm ----------------------------------------------------------------
@@ -794,7 +808,7 @@ static void embed_forward_naive(act *x, const int *ids, const real *table, const
     norm_forward_naive(work, table, gain, bias, V, C);
     gather_naive<<<blocks_for(N * C, THREADS), THREADS, 0, gpu_stream>>>(
         (float *)x, ids, (const float *)work, bias, N, C);
-    LAUNCHED("embed_forward_naive");
+    LAUNCHED("gather_naive", 0, array_bytes<float>(N + V, C) + 4.0 * N);
 }
 
 // tiled: one warp per row, which normalises the table's row anew: a few instructions a value, on
@@ -828,7 +842,7 @@ static void embed_forward_tiled(act *x, const int *ids, const real *table, const
     else
         LAUNCH((embed_rows_tiled<false, T>), blocks_for(N, WARPS), THREADS,
                (T *)x, ids, table, gain, bias, N, C);
-    LAUNCHED("embed_forward_tiled");
+    LAUNCHED("embed_forward_tiled", 0, array_bytes<T>(N, C) + array_bytes<float>(V, C) + 4.0 * N);
 }
 
 // forward:  x[n] = rows[ids[n]],  rows[v] = norm(table[v]),  rows[BYTE_DROPPED] = bias
@@ -861,11 +875,11 @@ static void embed_backward_naive(real *dtable, real *dgain, real *dbias, const a
     float *drows = (float *)work, *rest = drows + values / 4 * 4 + 4;  // float2 wants 8 bytes
     segment_sums_naive<<<blocks_for(values, THREADS), THREADS, 0, gpu_stream>>>(
         drows, (const float *)dx, ids, N, C);
-    LAUNCHED("embed_backward_naive");
+    LAUNCHED("segment_sums_naive", 0, array_bytes<float>(N + V + 1, C) + 4.0 * N);
     norm_backward_naive(dtable, dgain, dbias, NULL, NULL, drows, table, gain, NULL, 1, V, C, true,
                         rest);
     LAUNCH(add_row, blocks_for(C, THREADS), THREADS, dbias, drows + (size_t)V * C, C);
-    LAUNCHED("add_row");
+    LAUNCHED("add_row", 0, 12.0 * C);
 }
 
 // tiled: a block per (v, slab of rows) first lists the n that hold v, in order, LIST ids at a time
@@ -957,10 +971,10 @@ static void embed_backward_tiled(real *dtable, real *dgain, real *dbias, const a
     bool one = slabs == 1;
     LAUNCH(segment_sums_tiled<T>, dim3(V + 1, (unsigned)slabs), THREADS,
            one ? drows : part, one ? dbias : NULL, (const T *)dx, ids, N, C, slab_rows);
-    LAUNCHED("embed_backward_tiled");
+    LAUNCHED("segment_sums_tiled", 0, array_bytes<T>(N, C) + 4.0 * N + 4.0 * slabs * values);
     if (!one) {
         LAUNCH(sum_slabs, blocks_for(values, THREADS), THREADS, drows, dbias, part, C, slabs);
-        LAUNCHED("sum_slabs");
+        LAUNCHED("sum_slabs", 0, 4.0 * (slabs + 1) * values);
     }
     norm_backward_tiled<float>(dtable, dgain, dbias, NULL, NULL, drows, table, gain, NULL, 1, V, C,
                                true, part);
@@ -1018,7 +1032,7 @@ static void embed_backward_product(real *dtable, real *dgain, real *dbias, const
         size_t rows = product_rows(N - n);
         LAUNCH(one_hot, blocks_for(rows * (V / 8), THREADS), THREADS,
                onehot, drows, ids + n, rows, n == 0 ? values : 0);
-        LAUNCHED("one_hot");
+        LAUNCHED("one_hot", 0, array_bytes<bf16>(rows, V) + 4.0 * (rows + (n == 0 ? values : 0)));
         // A linear layer from V to C channels on one sequence of `rows` rows: its dw is drows.
         const WeightJob job = {drows, dbias, onehot, (const bf16 *)dx + n * C, 1};
         const ConvShape s = {1, (int)rows, V, C, 1, 1};
@@ -1058,11 +1072,17 @@ __global__ void cross_entropy_row(float *losses, float *logits, const int *targe
     }
 }
 
+// Targets and losses; logits, and their gradient where it is wanted.
+template <typename T>
+static double loss_bytes(float scale, size_t N) {
+    return 8.0 * N + (scale != 0 ? 2 : 1) * array_bytes<T>(N, V);
+}
+
 static void cross_entropy_naive(real *losses, act *logits, const int *targets, float cap,
                                 float scale, size_t N) {
     cross_entropy_row<<<blocks_for(N, THREADS), THREADS, 0, gpu_stream>>>(
         losses, (float *)logits, targets, cap, scale, N);
-    LAUNCHED("cross_entropy_naive");
+    LAUNCHED("cross_entropy_naive", 0, loss_bytes<float>(scale, N));
 }
 
 // exp and tanh, as precise as the logits are stored. In bf16 by the GPU's own 2^x and 1/x, right to
@@ -1128,7 +1148,7 @@ static void cross_entropy_tiled(real *losses, act *logits, const int *targets, f
                                 float scale, size_t N) {
     LAUNCH(cross_entropy_warp<T>, blocks_for(N, WARPS), THREADS,
            losses, (T *)logits, targets, cap, scale, N);
-    LAUNCHED("cross_entropy_tiled");
+    LAUNCHED("cross_entropy_tiled", 0, loss_bytes<T>(scale, N));
 }
 
 // naive: one thread adds all losses, in the CPU's order
@@ -1140,7 +1160,7 @@ __global__ void add_losses_one(StepState *state, const float *losses, size_t N) 
 static void add_losses_naive(StepState *state, const real *losses, size_t N, void *work) {
     (void)work;
     add_losses_one<<<1, 1, 0, gpu_stream>>>(state, losses, N);
-    LAUNCHED("add_losses_naive");
+    LAUNCHED("add_losses_naive", 0, 4.0 * N);
 }
 
 // The sum of one double per thread over a block, in thread 0: always the same tree of additions.
@@ -1168,7 +1188,7 @@ __global__ void add_losses_block(StepState *state, const float *losses, size_t N
 static void add_losses_tiled(StepState *state, const real *losses, size_t N, void *work) {
     (void)work;
     LAUNCH(add_losses_block, 1, 1024, state, losses, N);
-    LAUNCHED("add_losses_tiled");
+    LAUNCHED("add_losses_tiled", 0, 4.0 * N);
 }
 
 // ---- Data ---------------------------------------------------------------------------------------
@@ -1191,7 +1211,7 @@ static void draw_batch_each(int *ids, int *targets, Corpus corpus, const StepSta
                             uint64_t seed, uint32_t byte_threshold, uint64_t first, int B, int T) {
     LAUNCH(draw_bytes, blocks_for((size_t)B * T, THREADS), THREADS,
            ids, targets, corpus, state, seed, byte_threshold, first, B, T);
-    LAUNCHED("draw_batch_each");
+    LAUNCHED("draw_batch_each", 0, 9.0 * B * T);  // of a byte of text an id and a target
 }
 
 // ---- AdamW --------------------------------------------------------------------------------------
@@ -1295,12 +1315,12 @@ static void optimize_naive(real *params, real *grads, real *m, real *v, real *em
     size_t slabs = ceil_div(n, NORM_SLAB);
     AdamWStep *a = step_numbers(work, slabs);
     squares_naive<<<blocks_for(slabs, 32), 32, 0, gpu_stream>>>((double *)work, grads, n);
-    LAUNCHED("squares_naive");
+    LAUNCHED("squares_naive", 0, 4.0 * n + 8.0 * slabs);
     begin_step<<<1, 1, 0, gpu_stream>>>(a, state, (double *)work, slabs, loss_scale, hyper);
-    LAUNCHED("begin_step");
+    LAUNCHED("begin_step", 0, 8.0 * slabs);
     update_one<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>(params, grads, m, v, ema, n,
                                                                    n_decay, a);
-    LAUNCHED("optimize_naive");
+    LAUNCHED("update_one", 0, (ema ? 36.0 : 28.0) * n);
 }
 
 static void optimize_tiled(real *params, real *grads, real *m, real *v, real *ema, size_t n,
@@ -1309,12 +1329,12 @@ static void optimize_tiled(real *params, real *grads, real *m, real *v, real *em
     size_t slabs = ceil_div(n, NORM_SLAB);
     AdamWStep *a = step_numbers(work, slabs);
     LAUNCH(squares_tiled, (unsigned)slabs, 1024, (double *)work, grads, n);
-    LAUNCHED("squares_tiled");
+    LAUNCHED("squares_tiled", 0, 4.0 * n + 8.0 * slabs);
     LAUNCH(begin_step, 1, 1024, a, state, (const double *)work, slabs, loss_scale, hyper);
-    LAUNCHED("begin_step");
+    LAUNCHED("begin_step", 0, 8.0 * slabs);
     LAUNCH(update_four, blocks_for(n, 4 * THREADS), THREADS, params, grads, m, v, ema,
            bf16_copy(params), n, n_decay, (const AdamWStep *)a);
-    LAUNCHED("optimize_tiled");
+    LAUNCHED("update_four", 0, ((ema ? 36.0 : 28.0) + (bf16_copy(params) ? 2 : 0)) * n);
 }
 
 // ---- Scratch ------------------------------------------------------------------------------------
@@ -1489,55 +1509,118 @@ static int compare_floats(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+// So many calls of f, as something that can be recorded.
+typedef struct {
+    void (*f)(void *);
+    void *arg;
+    int times;
+} Calls;
+static void call_in_a_row(void *calls) {
+    const Calls *c = (const Calls *)calls;
+    for (int i = 0; i < c->times; i++) c->f(c->arg);
+}
+
+// Milliseconds of the calls; of their recording, where there is one.
+static float calls_ms(Calls *calls, void *recording, cudaEvent_t begin, cudaEvent_t end) {
+    float ms = 0;
+    CHECK(cudaEventRecord(begin, gpu_stream));
+    if (recording)
+        gpu_replay(recording);
+    else
+        call_in_a_row(calls);
+    CHECK(cudaEventRecord(end, gpu_stream));
+    CHECK(cudaEventSynchronize(end));
+    CHECK(cudaEventElapsedTime(&ms, begin, end));
+    return ms;
+}
+
+static void *record_calls(Calls *calls) {
+    if (first_error[0]) return NULL;
+    void *recording = gpu_record(call_in_a_row, calls);
+    // What cannot be recorded is no error of the calls: they are made one by one, and note theirs.
+    if (!recording) first_error[0] = 0, cudaGetLastError();
+    return recording;
+}
+
 double gpu_time(void (*f)(void *), void *arg) {
-    enum { MOST = 50 };
-    float ms[MOST], spent = 0;
+    enum { MOST_RUNS = 50, MOST_CALLS = 50 };
+    Calls calls = {f, arg, 3};
+    float ms[MOST_RUNS], spent = 0;
     int runs = 0;
     cudaEvent_t begin, end;
     CHECK(cudaEventCreate(&begin));
     CHECK(cudaEventCreate(&end));
-    // Code is loaded at its first launch; caches and clocks settle.
-    for (int i = 0; i < 3; i++) f(arg);
+    call_in_a_row(&calls);  // code is loaded at its first launch; caches and clocks settle
+    calls.times = 1;
+    float once = calls_ms(&calls, NULL, begin, end);
+    if (once < 1) calls.times = once * MOST_CALLS > 1 ? (int)(1 / once) : (int)MOST_CALLS;
+    void *recording = record_calls(&calls);
+    if (recording) calls_ms(&calls, recording, begin, end);  // the first replay sends it to the GPU
     // At least 5 runs, then until 0.2 s are spent: slow kernels must not take minutes.
-    while (runs < MOST && (runs < 5 || spent < 200) && spent < 2000 && !first_error[0]) {
-        CHECK(cudaEventRecord(begin, gpu_stream));
-        f(arg);
-        CHECK(cudaEventRecord(end, gpu_stream));
-        CHECK(cudaEventSynchronize(end));
-        ms[runs] = 0;
-        CHECK(cudaEventElapsedTime(&ms[runs], begin, end));
+    while (runs < MOST_RUNS && (runs < 5 || spent < 200) && spent < 2000 && !first_error[0]) {
+        ms[runs] = calls_ms(&calls, recording, begin, end);
         spent += ms[runs++];
     }
+    if (recording) gpu_free_recording(recording);
     CHECK(cudaEventDestroy(begin));
     CHECK(cudaEventDestroy(end));
     if (runs == 0 || first_error[0]) return -1;
     qsort(ms, (size_t)runs, sizeof *ms, compare_floats);
-    return ms[runs / 2] / 1e3;  // median, in seconds
+    return ms[runs / 2] / calls.times / 1e3;  // median, in seconds
 }
 
-// Laps: an event after each piece of work, read when all is done, so that the host never waits in
-// between and short kernels are timed as they run in a step.
-enum { MOST_LAPS = 1024 };
+// A trace: an event after every launch, read when all is done, so that the host never waits in
+// between. at[0] stands before the first launch, launch[i] ended at at[i].
+enum { MOST_LAUNCHES = 1024 };
+bool gpu_tracing;
 static struct {
-    cudaEvent_t at[MOST_LAPS + 1];
-    int entry[MOST_LAPS + 1], n;
-} laps;
+    cudaEvent_t at[MOST_LAUNCHES + 1];
+    KernelTime launch[MOST_LAUNCHES + 1];
+    int n;
+} trace;
 
-void gpu_lap(int entry) {
-    if (laps.n > MOST_LAPS) return;
-    if (!laps.at[laps.n]) CHECK(cudaEventCreate(&laps.at[laps.n]));
-    CHECK(cudaEventRecord(laps.at[laps.n], gpu_stream));
-    laps.entry[laps.n++] = entry;
+void gpu_note_launch(const char *name, double flops, double bytes) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    CHECK(cudaStreamIsCapturing(gpu_stream, &status));
+    // An event that was recorded into a graph has no time to be read.
+    if (status != cudaStreamCaptureStatusNone || trace.n > MOST_LAUNCHES) return;
+    int i = trace.n++;
+    const KernelTime launch = {name, 1, 0, flops, bytes};
+    trace.launch[i] = launch;
+    if (!trace.at[i]) CHECK(cudaEventCreate(&trace.at[i]));
+    CHECK(cudaEventRecord(trace.at[i], gpu_stream));
 }
 
-void gpu_read_laps(double *seconds) {
+// Keeps the GPU busy for 2 to 3 ms, in which the host queues what is traced: short kernels would
+// else wait for their launches, and those waits count as theirs.
+__global__ void hold() {
+    for (long long begin = clock64(); clock64() - begin < 4000000;) continue;
+}
+
+int gpu_trace(void (*f)(void *), void *arg, KernelTime *rows, int n) {
+    hold<<<1, 1, 0, gpu_stream>>>();
+    LAUNCHED("hold", 0, 0);
+    trace.n = 0;
+    gpu_note_launch("", 0, 0);  // starts the clock
+    gpu_tracing = true;
+    f(arg);
+    gpu_tracing = false;
     CHECK(cudaStreamSynchronize(gpu_stream));
-    for (int i = 1; i < laps.n; i++) {
+    for (int i = 1; i < trace.n; i++) {
+        const KernelTime *launch = &trace.launch[i];
+        int j = 0;
+        while (j < n && strcmp(rows[j].name, launch->name) != 0) j++;
+        if (j == MOST_KERNEL_TIMES) continue;
+        const KernelTime none = {launch->name, 0, 0, 0, 0};
+        if (j == n) rows[n++] = none;
         float ms = 0;
-        CHECK(cudaEventElapsedTime(&ms, laps.at[i - 1], laps.at[i]));
-        seconds[laps.entry[i]] += ms / 1e3;
+        CHECK(cudaEventElapsedTime(&ms, trace.at[i - 1], trace.at[i]));
+        rows[j].launches++;
+        rows[j].seconds += ms / 1e3;
+        rows[j].flops += launch->flops;
+        rows[j].bytes += launch->bytes;
     }
-    laps.n = 0;
+    return n;
 }
 
 // 537 MB read and 537 MB written: ten times what L2 holds.
@@ -1558,6 +1641,7 @@ double gpu_copy_rate(void) {
 // Eight chains of multiply-adds per thread, enough to hide one's latency behind the others; eight
 // blocks of 256 for each of an H100's 132 multiprocessors are all the threads that it can hold.
 enum { FMA_LOOPS = 4096, FMA_CHAINS = 8, FMA_BLOCKS = 132 * 8 };
+#define FMA_FLOPS (2.0 * FMA_LOOPS * FMA_CHAINS * FMA_BLOCKS * THREADS)
 __global__ void fma_chains(float *out, float a, float b) {
     float v[FMA_CHAINS];
     for (int j = 0; j < FMA_CHAINS; j++) v[j] = threadIdx.x + j;
@@ -1570,14 +1654,14 @@ __global__ void fma_chains(float *out, float a, float b) {
 }
 static void fma_once(void *p) {
     fma_chains<<<FMA_BLOCKS, THREADS, 0, gpu_stream>>>((float *)p, 0.999f, 0.001f);
-    LAUNCHED("fma_chains");
+    LAUNCHED("fma_chains", FMA_FLOPS, 4.0 * FMA_BLOCKS * THREADS);
 }
 double gpu_fma_rate(void) {
     void *p = gpu_alloc((size_t)FMA_BLOCKS * THREADS * sizeof(float));
     if (!p) return 0;
     double s = gpu_time(fma_once, p);
     gpu_free(p);
-    return s > 0 ? 2.0 * FMA_LOOPS * FMA_CHAINS * FMA_BLOCKS * THREADS / s : 0;
+    return s > 0 ? FMA_FLOPS / s : 0;
 }
 
 // A yardstick only, linked where it is there (make bench): nothing here computes with it.
@@ -1608,19 +1692,22 @@ __global__ void fill_randomly(void *p, size_t n, bool in_bf16) {
     else
         ((float *)p)[i] = v;
 }
+enum { GEMM_WORK = 32 << 20 };  // bytes that cuBLAS's manual recommends for Hopper
 double gpu_cublas_rate(int M, int N, int K, bool in_bf16) {
     Gemm g = {NULL, NULL, NULL, NULL, M, N, K, in_bf16};
     size_t a = (size_t)M * K, b = (size_t)K * N, c = (size_t)M * N, size = in_bf16 ? 2 : 4;
-    g.a = gpu_alloc((a + b + c) * size);
-    if (!g.a || cublasCreate(&g.handle) != CUBLAS_STATUS_SUCCESS) return 0;
-    g.b = (char *)g.a + a * size, g.c = (char *)g.b + b * size;
+    char *memory = (char *)gpu_alloc(GEMM_WORK + (a + b + c) * size);
+    if (!memory || cublasCreate(&g.handle) != CUBLAS_STATUS_SUCCESS) return 0;
+    g.a = memory + GEMM_WORK, g.b = (char *)g.a + a * size, g.c = (char *)g.b + b * size;
     fill_randomly<<<blocks_for(a + b + c, THREADS), THREADS, 0, gpu_stream>>>(g.a, a + b + c,
                                                                               in_bf16);
-    LAUNCHED("fill_randomly");
+    LAUNCHED("fill_randomly", 0, (double)((a + b + c) * size));
     cublasSetStream(g.handle, gpu_stream);
+    // Else a recorded call might allocate its own. After the stream, which would take it back.
+    cublasSetWorkspace(g.handle, memory, GEMM_WORK);
     double s = gpu_time(gemm_once, &g);
     cublasDestroy(g.handle);
-    gpu_free(g.a);
+    gpu_free(memory);
     return s > 0 ? 2.0 * M * N * K / s : 0;
 }
 #else
