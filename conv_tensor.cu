@@ -653,6 +653,19 @@ INLINE void tensor_copy(uint32_t dst, const CUtensorMap *map, uint32_t bar, int 
         : "memory");
 }
 
+// The copy engine reads a map before it first copies by it. Read ahead, that is not waited for then.
+INLINE void map_prefetch(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// `bytes`, a multiple of 16, as they lie.
+INLINE void bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(dst),
+        "l"(src), "r"(bytes), "r"(bar)
+        : "memory");
+}
+
 // Registers move from warpgroups that need few to those that need many.
 template <int N>
 INLINE void registers_down(void) {
@@ -756,7 +769,7 @@ INLINE void free_slot(uint32_t empty) {
 enum {
     SHARED_BYTES = 227 * 1024,  // all that a block can have on Hopper
     MAX_SLOTS = 16,
-    BARRIER_BYTES = 512,
+    BARRIER_BYTES = 1024,  // and a block's 128 biases
     MAX_HALO = 192,  // rows: with a tile of 64, all that a box of a tensor map can have
     SUM_TILE = 64,   // rows of a tile; a wgmma has 64
 };
@@ -809,10 +822,12 @@ enum {
 // their bf16 copy are written by sync_params and optimize. The kernel after those is draw_batch or
 // embed_forward, never a conv, and lets the next one start only when its own wait is over: so the
 // weights are whole before any block of ours can run. Weights that are not in that copy are
-// converted by the kernel right before ours: then ours is launched plainly (`settled` false). All
-// else waits: x, side, dx, bias and the step's number may come from the kernel before, and what is
-// written may still be read there. A kernel that is not launched in this way needs neither call,
-// and loses only the overlap.
+// converted by the kernel right before ours: then ours is launched plainly (`settled` false).
+// Biases are parameters like them. All else waits: x, side, dx and the step's number may come from
+// the kernel before, and what is written may still be read there. The next one may come when our own
+// wait is over: earlier, its blocks and those of the one after it would fill the GPU with waiting,
+// and a branch's kernel would find no place. A kernel that is not launched in this way needs neither
+// call, and loses only the overlap.
 //
 // Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
 // that share copies of weights, 12.1 -> 13.5 and 15.1; two warpgroups for three, 23.9 -> 27.0;
@@ -823,17 +838,21 @@ enum {
     CHUNK_C = 64,               // channels of a chunk of weights
     CHUNK_BYTES = CHUNK_C * 2,  // of a chunk's tap, for each channel of TILE_O
     MAX_WEIGHTS = 12,           // taps of chunks in shared memory
-    STEP_C = 32,                // channels of a stage: half a chunk
-    STEP_BYTES = STEP_C * 2,    // of a stage's row
     CONV_GROUPS = 3,
     CONV_THREADS = CONV_GROUPS * 128 + 128,  // setmaxnreg gives registers to whole warpgroups
     GROUP_REGISTERS = 160,
     COPY_REGISTERS = 32,
+    BIAS_AT = 512,       // bytes behind the barriers' first
     SMALL_BLOCKS = 128,  // as many blocks of 32 channels find a multiprocessor each
 };
 static_assert(128 * (CONV_GROUPS * GROUP_REGISTERS + COPY_REGISTERS) <= 65536, "registers");
-static_assert(8 * (MAX_WEIGHTS + 2 * MAX_SLOTS + CONV_GROUPS) <= BARRIER_BYTES, "barriers");
-static_assert(CHUNK_C == 2 * STEP_C, "a chunk of weights is two stages of rows");
+static_assert(8 * (MAX_WEIGHTS + 2 * MAX_SLOTS + CONV_GROUPS + 1) <= BIAS_AT, "barriers");
+static_assert(BIAS_AT + 128 * sizeof(float) <= BARRIER_BYTES, "biases");
+// Channels of a stage of rows: half a chunk of weights, as those leave room for no more; beside the
+// small tile's, a whole one, of which the copy engine has half as many rows to fetch.
+static constexpr __host__ __device__ int step_channels(int tile_o) {
+    return tile_o < 128 ? CHUNK_C : CHUNK_C / 2;
+}
 
 typedef struct {
     CUtensorMap x, w;  // x: (C,T,B), innermost first;  w: (O,C,K)
@@ -844,11 +863,12 @@ typedef struct {
 #ifdef HAVE_WGMMA
 // Where the barriers lie behind the ring.
 typedef struct {
-    uint32_t weights, full, empty, order;
+    uint32_t weights, full, empty, order, bias;
 } ConvBarriers;
 INLINE ConvBarriers conv_barriers(uint32_t at) {
     ConvBarriers b = {at, at + 8 * MAX_WEIGHTS, at + 8 * (MAX_WEIGHTS + MAX_SLOTS),
-                      at + 8 * (MAX_WEIGHTS + 2 * MAX_SLOTS)};
+                      at + 8 * (MAX_WEIGHTS + 2 * MAX_SLOTS),
+                      at + 8 * (MAX_WEIGHTS + 2 * MAX_SLOTS + CONV_GROUPS)};
     return b;
 }
 
@@ -868,27 +888,35 @@ INLINE void copy_weights(const ConvArgs *a, uint32_t weights, uint32_t bar, int 
     }
 }
 
-// One thread's work: the weights once, two chunks ahead of the products, and the stages in the
-// order of the block's tiles.
+// One thread's work: the biases and weights once, two chunks ahead of the products or, for the small
+// tile, all ahead of the wait; and the stages in the order of the block's tiles.
 template <bool BACKWARD, int TAPS, int TILE_O>
 INLINE void conv_copy(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBarriers bar,
                       int first, int stride, int out0) {
-    const int chunks = (a->n_in + CHUNK_C - 1) / CHUNK_C;
+    enum { STEP = step_channels(TILE_O), STEPS = CHUNK_C / STEP };
+    const int chunks = (a->n_in + CHUNK_C - 1) / CHUNK_C, ahead = TILE_O < 128 ? chunks : 2;
     int chunk = 0;
-    for (; chunk < 2 && chunk < chunks; chunk++)
+    map_prefetch(&a->x);
+    if (!BACKWARD && a->end.bias) {
+        int bytes = (a->n_out - out0 < TILE_O ? a->n_out - out0 : TILE_O) * (int)sizeof(float);
+        mbarrier_expect(bar.bias, bytes);
+        bulk_copy(bar.weights + BIAS_AT, a->end.bias + out0, bytes, bar.bias);
+    }
+    for (; chunk < ahead && chunk < chunks; chunk++)
         copy_weights<BACKWARD, TAPS, TILE_O>(a, weights, bar.weights, chunk, out0);
     wait_for_previous();  // before x is read: the kernel before may have made it
+    let_next_start();
     Ring r = {0, 1};      // the first wait for each slot falls through: it is empty
     for (int tile = first; tile < a->tiles; tile += stride) {
         int b = tile / a->tiles_per_seq, t0 = tile % a->tiles_per_seq * SUM_TILE;
         if (!BACKWARD) t0 -= (TAPS - 1) * a->dil;
-        for (int step = 0; step < 2 * chunks; step++) {
+        for (int step = 0; step < STEPS * chunks; step++) {
             mbarrier_wait(bar.empty + 8 * r.slot, r.phase);
-            mbarrier_expect(bar.full + 8 * r.slot, a->stage_rows * STEP_BYTES);
+            mbarrier_expect(bar.full + 8 * r.slot, a->stage_rows * STEP * 2);
             tensor_copy(ring + r.slot * a->stage_bytes, &a->x, bar.full + 8 * r.slot,
-                        step * STEP_C, t0, b);
+                        step * STEP, t0, b);
             ring_skip(&r, 1, a->slots);
-            if (chunk < chunks && step % 2 == 1)
+            if (chunk < chunks && step % STEPS == STEPS - 1)
                 copy_weights<BACKWARD, TAPS, TILE_O>(a, weights, bar.weights, chunk++, out0);
         }
     }
@@ -934,22 +962,21 @@ INLINE void load_side(uint4 side[TILE_O / 16], const ConvArgs *a, const bool ins
 
 // A tile's sums become activations, 32 columns of two rows at a time: more would not fit into
 // registers beside the sums. i0: element of the lane's first eight, `left` columns from there on;
-// kept: of draw_kept_rows.
+// bias: in shared memory; kept: of draw_kept_rows.
 template <bool BACKWARD, int TILE_O>
-INLINE void finish_tile(const ConvArgs *a, const float *acc, uint4 *side, const uint32_t *kept,
-                        const bool *inside, size_t i0, int out0, int left) {
+INLINE void finish_tile(const ConvArgs *a, const float *acc, const float *bias, uint4 *side,
+                        const uint32_t *kept, const bool *inside, size_t i0, int left) {
     const int q = threadIdx.x % 4;
 #pragma unroll
     for (int g = 0; g < TILE_O / 32; g++) {
         uint32_t w[2][4];
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-            int j = 4 * g + m, col = out0 + 8 * j + 2 * q;
-            float2 bias = {0, 0};
-            if (!BACKWARD && a->end.bias && col < a->n_out)
-                bias = *(const float2 *)(a->end.bias + col);
-            w[0][m] = pack(acc[4 * j] + bias.x, acc[4 * j + 1] + bias.y);
-            w[1][m] = pack(acc[4 * j + 2] + bias.x, acc[4 * j + 3] + bias.y);
+            int j = 4 * g + m;
+            float2 b = {0, 0};  // columns past n_out get what lies there, and are not stored
+            if (!BACKWARD && a->end.bias) b = *(const float2 *)(bias + 8 * j + 2 * q);
+            w[0][m] = pack(acc[4 * j] + b.x, acc[4 * j + 1] + b.y);
+            w[1][m] = pack(acc[4 * j + 2] + b.x, acc[4 * j + 3] + b.y);
         }
         transpose_quad(w[0]);
         transpose_quad(w[1]);
@@ -963,18 +990,19 @@ INLINE void finish_tile(const ConvArgs *a, const float *acc, uint4 *side, const 
     }
 }
 
-// The products of one stage of 32 channels, `half` of its chunk: 2 * TAPS wgmma.
+// The products of one stage, `part` of its chunk.
 template <bool BACKWARD, int TAPS, int TILE_O>
-INLINE void multiply_stage(float *acc, Operand x, Operand w, int half, int shift, bool add) {
+INLINE void multiply_stage(float *acc, Operand x, Operand w, int part, int shift, bool add) {
+    enum { STEP = step_channels(TILE_O) };
     enum { TAP_BYTES = CHUNK_BYTES * TILE_O, ROW_BYTES = BACKWARD || TILE_O >= 64 ? 128 : 64 };
     const int w_step = BACKWARD ? 2 : ROW_BYTES;  // bytes from one summed channel to the next
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < TAPS; k++)
 #pragma unroll
-        for (int i = 0; i < STEP_C / 16; i++) {
+        for (int i = 0; i < STEP / 16; i++) {
             Operand x_k = operand_at(x, (BACKWARD ? k : TAPS - 1 - k) * shift + i * 32);
-            Operand w_k = operand_at(w, k * TAP_BYTES + (half * STEP_C + i * 16) * w_step);
+            Operand w_k = operand_at(w, k * TAP_BYTES + (part * STEP + i * 16) * w_step);
             wgmma<TILE_O, 0, !BACKWARD>(acc, x_k, w_k, add | k | i);
         }
     wgmma_commit();
@@ -983,23 +1011,24 @@ INLINE void multiply_stage(float *acc, Operand x, Operand w, int half, int shift
 // A warpgroup's work: every CONV_GROUPS-th of the block's tiles.
 template <bool BACKWARD, int TAPS, int TILE_O>
 INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBarriers bar,
-                          int first, int stride, int out0, int group) {
+                          const float *bias, int first, int stride, int out0, int group) {
     enum { TAP_BYTES = CHUNK_BYTES * TILE_O, ROW_BYTES = BACKWARD || TILE_O >= 64 ? 128 : 64 };
+    enum { STEP = step_channels(TILE_O), STEPS = CHUNK_C / STEP };
     const int chunks = (a->n_in + CHUNK_C - 1) / CHUNK_C;
     const int lane = threadIdx.x % 32, q = lane % 4;
     const int row0 = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row0 + 8, as wgmma has them
     const int left = a->n_out - out0 - 8 * q;
-    const Operand x_op = operand(SWIZZLE_64, ring, 16, 8 * STEP_BYTES);
+    const Operand x_op = operand(STEP == 64 ? SWIZZLE_128 : SWIZZLE_64, ring, 16, 8 * STEP * 2);
     // Backward the summed channels of w lie side by side, forward those that are made.
     const Operand w_op = operand(ROW_BYTES == 128 ? SWIZZLE_128 : SWIZZLE_64, weights,
                                  TAP_BYTES / 2, 8 * ROW_BYTES);
-    const int shift = a->dil * STEP_BYTES;  // bytes from a tap's rows to the next tap's
+    const int shift = a->dil * STEP * 2;  // bytes from a tap's rows to the next tap's
     const Dropout *drop = &a->end.drop;
     float acc[TILE_O / 2];
     wait_for_previous();  // before side or the step is read and anything is written
     const uint32_t step_number = !BACKWARD && drop->threshold ? drop->state->step : 0;
     Ring r = {0, 0};
-    ring_skip(&r, group * 2 * chunks, a->slots);
+    ring_skip(&r, group * STEPS * chunks, a->slots);
     int n = group;  // the tile's number in the block
     for (int tile = first + group * stride; tile < a->tiles; tile += CONV_GROUPS * stride) {
         const int b = tile / a->tiles_per_seq, t0 = tile % a->tiles_per_seq * SUM_TILE;
@@ -1020,10 +1049,10 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
             if (n < CONV_GROUPS)  // this group's first tile; for its next ones they are there
                 for (int k = 0; k < TAPS; k++) mbarrier_wait(bar.weights + 8 * (c * TAPS + k), 0);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
+            for (int part = 0; part < STEPS; part++) {
                 mbarrier_wait(full, r.phase);
-                multiply_stage<BACKWARD, TAPS, TILE_O>(acc, x, w, half, shift, c | half);
-                if (half > 0 || c > 0) free_slot<1>(before);  // the stage before is multiplied
+                multiply_stage<BACKWARD, TAPS, TILE_O>(acc, x, w, part, shift, c | part);
+                if (part > 0 || c > 0) free_slot<1>(before);  // the stage before is multiplied
                 before = full + 8 * MAX_SLOTS;  // the slot's `empty`
                 full += 8;
                 x = operand_at(x, a->stage_bytes);
@@ -1039,9 +1068,10 @@ INLINE void conv_multiply(const ConvArgs *a, uint32_t weights, uint32_t ring, Co
         // The next group's products may queue behind our last.
         if (lane == 0) mbarrier_arrive(bar.order + 8 * ((group + 1) % CONV_GROUPS));
         free_slot<0>(before);
-        ring_skip(&r, (CONV_GROUPS - 1) * 2 * chunks, a->slots);  // the others' stages
+        ring_skip(&r, (CONV_GROUPS - 1) * STEPS * chunks, a->slots);  // the others' stages
         n += CONV_GROUPS;
-        finish_tile<BACKWARD, TILE_O>(a, acc, side, kept, inside, i0, out0, left);
+        if (!BACKWARD && a->end.bias) mbarrier_wait(bar.bias, 0);
+        finish_tile<BACKWARD, TILE_O>(a, acc, bias, side, kept, inside, i0, left);
     }
 }
 #endif
@@ -1060,18 +1090,19 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
     const uint32_t weights = shared_addr(smem);
     const uint32_t ring = weights + chunks * TAPS * CHUNK_BYTES * TILE_O;
     const ConvBarriers bar = conv_barriers(ring + a.slots * a.stage_bytes);
+    const float *bias = (const float *)(smem + (bar.weights + BIAS_AT - weights));
     if (threadIdx.x == 0) {
         for (int i = 0; i < chunks * TAPS; i++) mbarrier_init(bar.weights + 8 * i, 1);
         for (int i = 0; i < a.slots; i++) mbarrier_init(bar.full + 8 * i, 1);
         for (int i = 0; i < a.slots; i++) mbarrier_init(bar.empty + 8 * i, 4);
         for (int i = 0; i < CONV_GROUPS; i++) mbarrier_init(bar.order + 8 * i, 4);
+        mbarrier_init(bar.bias, 1);
         mbarrier_init_fence();
     }
-    let_next_start();
     __syncthreads();  // no copy and no arrival may reach a barrier that is not set up yet
     if (warp < 4 * CONV_GROUPS) {
         registers_up<GROUP_REGISTERS>();
-        conv_multiply<BACKWARD, TAPS, TILE_O>(&a, weights, ring, bar, first, stride, out0,
+        conv_multiply<BACKWARD, TAPS, TILE_O>(&a, weights, ring, bar, bias, first, stride, out0,
                                               warp / 4);
     } else {
         registers_down<COPY_REGISTERS>();
@@ -1266,9 +1297,13 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
         }
         mbarrier_init_fence();
     }
-    let_next_start();
+    if (threadIdx.x == 0) {
+        map_prefetch(&job->x);
+        map_prefetch(&job->dy);
+    }
     __syncthreads();      // no copy and no arrival may reach a barrier that is not set up yet
     wait_for_previous();  // before x and dy are read, and dw or the scratch is written
+    let_next_start();
     if (threadIdx.x == 0)
         for (int i = 0; i < a.slots && begin + i < end; i++)
             copy_step<CHUNKS, TILE_O>(&a, job, ring, stage_bytes, halo, begin + i, i, group,
@@ -1335,8 +1370,8 @@ __global__ void __launch_bounds__(ADD_COLUMNS *ADD_WAYS)
     static_assert(SUMS % ADD_COLUMNS == 0, "no thread lies outside");
     static_assert(TILE_O <= ADD_COLUMNS * ADD_WAYS, "one block makes a tile's db");
     __shared__ float4 of_way[ADD_WAYS][ADD_COLUMNS];
-    let_next_start();
     wait_for_previous();  // before the sums are read
+    let_next_start();
     const int job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles, group = blockIdx.y;
     const WeightSum *job = &a.job[job_n];
     if (blockIdx.x == SUMS / ADD_COLUMNS) {
@@ -1454,7 +1489,7 @@ static int conv_slots(ConvShape s, int n_in, int n_out, int tile_o) {
     int weights = s.K * (int)ceil_div(n_in, CHUNK_C), rows = SUM_TILE + (s.K - 1) * s.dil;
     if (weights > MAX_WEIGHTS) return 0;
     int left = SHARED_BYTES - BARRIER_BYTES - weights * CHUNK_BYTES * tile_o;
-    int slots = left / ((int)ceil_div(rows, 8) * 8 * STEP_BYTES);
+    int slots = left / ((int)ceil_div(rows, 8) * 8 * step_channels(tile_o) * 2);
     return slots < LEAST_SLOTS ? 0 : slots > MAX_SLOTS ? MAX_SLOTS : slots;
 }
 static bool wgmma_takes(ConvShape s, int n_in, int n_out) {
@@ -1481,8 +1516,9 @@ static void conv_launch(const ConvEnd &end, const void *x, const bf16 *w, ConvSh
     a.tiles = s.B * a.tiles_per_seq;
     a.slots = conv_slots(s, a.n_in, a.n_out, TILE_O);
     a.stage_rows = SUM_TILE + (s.K - 1) * s.dil;
-    a.stage_bytes = (int)ceil_div(a.stage_rows, 8) * 8 * STEP_BYTES;  // swizzling: groups of 8 rows
-    if (!make_map(&a.x, x, (size_t)a.n_in, (size_t)s.T, (size_t)s.B, STEP_C, a.stage_rows) ||
+    const int step = step_channels(TILE_O);
+    a.stage_bytes = (int)ceil_div(a.stage_rows, 8) * 8 * step * 2;  // swizzling: groups of 8 rows
+    if (!make_map(&a.x, x, (size_t)a.n_in, (size_t)s.T, (size_t)s.B, step, a.stage_rows) ||
         !make_map(&a.w, w, (size_t)s.O, (size_t)s.C, (size_t)s.K,
                   !BACKWARD && TILE_O < 64 ? TILE_O : 64, BACKWARD && TILE_O < 64 ? TILE_O : 64))
         return;
