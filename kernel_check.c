@@ -384,7 +384,7 @@ static void run_optimize(Side *s) {
                .eps = 1e-8, .weight_decay = 0.1, .clip = s->variant ? 1 : 0, .ema = 0.9};
     real *params = reals(s, "params", ADD, n), *m = reals(s, "m", ADD, n);
     real *v = reals(s, "v", ADD, n), *ema = reals(s, "ema", ADD, n);
-    real *grads = reals(s, "grads", IN, n), *host = malloc(bytes);
+    real *grads = reals(s, "grads", ADD, n), *host = malloc(bytes);
     void *work = scratch(s, 1, 1, 1, n);
     StepState *state = state_in(s, 9);
     if (host && !s->failed && s->fill) {  // v is a mean of squares: not below 0
@@ -592,7 +592,7 @@ static void count_work(const char *op, ConvShape s, size_t size, double *flops, 
     if (strcmp(op, "cross_entropy") == 0) *bytes = 2 * a * N * V;
     if (strcmp(op, "add_losses") == 0) *bytes = 4 * N;
     if (strcmp(op, "draw_batch") == 0) *bytes = 10 * N;
-    if (strcmp(op, "optimize") == 0) *bytes = 36 * n;  // with the average weights
+    if (strcmp(op, "optimize") == 0) *bytes = 40 * n;  // with the average weights
 }
 
 // Into a graph, too: without `fill` an operation neither allocates nor copies from or to the host.

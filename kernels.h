@@ -148,7 +148,8 @@ static inline double kernel_seconds(const Kernel *k, ConvShape s, double *flops,
 // the tensor backend are stored in it, which halves their bytes. All other arithmetic is float32.
 typedef __nv_bfloat16 bf16;
 
-// Everything runs on this one stream, in order. Nothing but download, read_acts and error waits.
+// Everything runs on this stream, in order, but for branches (layers.cu), during which it names
+// theirs. Nothing but download, read_acts and error waits.
 extern cudaStream_t gpu_stream;
 
 // Notes an error. The first one stays until Backend.error() has reported it.

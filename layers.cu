@@ -315,6 +315,41 @@ static void gpu_free_recording(void *recording) {
     CHECK(cudaGraphExecDestroy((cudaGraphExec_t)recording));
 }
 
+// Branches: a second stream, which gpu_stream names while a branch is queued, so that every launcher
+// serves there, too. Events order the two; recorded into a graph they are edges. To leave the main
+// line costs nothing; a kernel that joins cannot be launched ahead, 2 us.
+static cudaStream_t other_stream;  // the one of the two that gpu_stream does not name
+enum { BRANCH_EVENTS = 64 };       // one that is taken again stands for a later branch: that is safe
+static cudaEvent_t branch_begin, branch_end[BRANCH_EVENTS];
+static int branches;
+
+static void swap_streams() {
+    cudaStream_t stream = gpu_stream;
+    gpu_stream = other_stream;
+    other_stream = stream;
+}
+
+static void gpu_begin_branch() {
+    if (!other_stream) {
+        CHECK(cudaStreamCreateWithFlags(&other_stream, cudaStreamNonBlocking));
+        CHECK(cudaEventCreateWithFlags(&branch_begin, cudaEventDisableTiming));
+        for (int i = 0; i < BRANCH_EVENTS; i++)
+            CHECK(cudaEventCreateWithFlags(&branch_end[i], cudaEventDisableTiming));
+    }
+    CHECK(cudaEventRecord(branch_begin, gpu_stream));
+    CHECK(cudaStreamWaitEvent(other_stream, branch_begin, 0));
+    swap_streams();
+}
+static int gpu_end_branch() {
+    int i = branches++ % BRANCH_EVENTS;
+    CHECK(cudaEventRecord(branch_end[i], gpu_stream));
+    swap_streams();
+    return i + 1;
+}
+static void gpu_join(int branch) {
+    CHECK(cudaStreamWaitEvent(gpu_stream, branch_end[branch - 1], 0));
+}
+
 // ---- LayerNorm ----------------------------------------------------------------------------------
 //
 //   mean = average(x),   rstd = 1 / sqrt(average((x - mean)^2) + eps)
@@ -412,7 +447,7 @@ __global__ void norm_rows_tiled(T *out, const T *x, const float *gain, const flo
 // Bound before: a warp had one row's loads on their way, waited, and asked L1 twice more.
 // Cost: 4 rows * 8 values + gain and bias = 48 registers a lane for data.
 // Measured in bf16: 10.9 us for 32768 rows, 33.6 MB, 3.1 TB/s (8.2 us for half of them before).
-enum { WARP_C = 256, ROWS_AT_ONCE = 4 };
+enum { WARP_C = 256, ROWS_AT_ONCE = 4, FEW_ROWS = 4096 };  // few: a warp takes one at a time
 
 // Neighbouring lanes: neighbouring 16 bytes of bf16; 512 bytes, four whole lines, for C = 256. C is
 // a multiple of 8, so a lane has eight channels or none, which are zeros. C = 0: no row.
@@ -434,21 +469,21 @@ static __device__ float2 register_moments(const float v[8], int C, int lane) {
     return make_float2(mean, 1 / sqrtf(warp_sum(squares) / C + (float)NORM_EPS));
 }
 
-template <typename T>
+template <int ROWS, typename T>
 __global__ void norm_rows_registers(T *out, const T *x, const float *gain, const float *bias,
                                     size_t N, int C) {
     begin_dependent();
     const int lane = threadIdx.x % 32;
-    const size_t n0 = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS_AT_ONCE;
-    float v[ROWS_AT_ONCE][8], g[8], b[8];
+    const size_t n0 = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS;
+    float v[ROWS][8], g[8], b[8];
     // All loads before the first use: 4 * 512 bytes of bf16 of each warp on their way at a time.
 #pragma unroll
-    for (int r = 0; r < ROWS_AT_ONCE; r++)
+    for (int r = 0; r < ROWS; r++)
         load_row(v[r], x + (n0 + r) * C, n0 + r < N ? C : 0, lane);
     load_row(g, gain, C, lane);
     load_row(b, bias, C, lane);
 #pragma unroll
-    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+    for (int r = 0; r < ROWS; r++) {
         float2 m = register_moments(v[r], C, lane);
         for (int j = 0; j < 8; j++) v[r][j] = (v[r][j] - m.x) * m.y * g[j] + b[j];
         store_row(out + (n0 + r) * C, v[r], n0 + r < N ? C : 0, lane);
@@ -460,9 +495,12 @@ static void norm_forward_tiled(act *out, const act *x, const real *gain, const r
                                size_t N, int C) {
     bool aligned = aligned16(out) && aligned16(x) && aligned16(gain) && aligned16(bias);
     unsigned warps = blocks_for(N, WARPS);
-    if (aligned && C % 8 == 0 && C <= WARP_C)
-        LAUNCH(norm_rows_registers<T>, blocks_for(N, WARPS * ROWS_AT_ONCE), THREADS, (T *)out,
-               (const T *)x, gain, bias, N, C);
+    if (aligned && C % 8 == 0 && C <= WARP_C && N <= FEW_ROWS)
+        LAUNCH((norm_rows_registers<1, T>), warps, THREADS, (T *)out, (const T *)x, gain, bias, N,
+               C);
+    else if (aligned && C % 8 == 0 && C <= WARP_C)
+        LAUNCH((norm_rows_registers<ROWS_AT_ONCE, T>), blocks_for(N, WARPS * ROWS_AT_ONCE), THREADS,
+               (T *)out, (const T *)x, gain, bias, N, C);
     else if (aligned && C % 4 == 0)
         LAUNCH((norm_rows_tiled<true, T>), warps, THREADS, (T *)out, (const T *)x, gain, bias, N,
                C);
@@ -903,7 +941,6 @@ static size_t embed_slabs(size_t N, int C) {
 template <typename T>
 __global__ void segment_sums_tiled(float *part, float *dbias, const T *dx, const int *ids, size_t N,
                                    int C, size_t slab_rows) {
-    begin_dependent();
     __shared__ int list[LIST], warp_counts[WARPS];
     int v = blockIdx.x, tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     size_t begin = blockIdx.y * slab_rows, end = begin + slab_rows < N ? begin + slab_rows : N;
@@ -935,6 +972,9 @@ __global__ void segment_sums_tiled(float *part, float *dbias, const T *dx, const
         }
         __syncthreads();  // the list is whole
         bool first = n0 == begin;
+        // Not before: ids are draw_batch's, many kernels ago, so the first list is made while the
+        // kernel before ends, whose dx follows.
+        if (first) begin_dependent();
         for (int c = tid; c < C && (first || total > 0); c += THREADS) {
             float sum = first ? 0 : to[c];  // mine: no one else touches it
             // Neighbouring threads: neighbouring columns of a listed row; eight rows on their way.
@@ -1222,7 +1262,7 @@ static void draw_batch_each(int *ids, int *targets, Corpus corpus, const StepSta
 // Three kernels, because no parameter may change before the norm of all gradients is known: the end
 // of a kernel is the barrier over all of the GPU. (One cooperative kernel with barriers of its own:
 // 39.8 us against 22.7 for these three, 1.97 M parameters.)
-// Bytes a parameter: 4 to square; 16 read and 12 written to update, 8 more with ema, 2 for the copy
+// Bytes a parameter: 4 to square; 16 read and 16 written to update, 8 more with ema, 2 for the copy
 // in bf16. Measured in a step with 1.65 M: squares 4.4 us, begin_step 2.9, update_four 14.7.
 enum { NORM_SLAB = 4096 };
 
@@ -1249,33 +1289,42 @@ __global__ void squares_tiled(double *part, const float *x, size_t n) {
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
-// One block of 1024 (tiled) or one thread (naive: blockDim.x is 1, and the loop is the CPU's). For
-// 403 doubles 2.9 us: a wait for memory, the sum over the block, then one thread's pow and cos.
+// One block of 1024 (tiled) or one thread (naive: blockDim.x is 1, and the loop is the CPU's). The
+// schedule, a cosine and two powers in double, takes one thread longer than all the rest: it is
+// worked out before the wait, while the kernel before still runs. What it reads, the step's number,
+// only this kernel writes.
 __global__ void begin_step(AdamWStep *a, StepState *state, const double *part, size_t slabs,
                            double loss_scale, const __grid_constant__ Hyper h) {
+    AdamWStep next;
+    if (threadIdx.x == 0) next = adamw_schedule(&h, state->step);
     begin_dependent();
     double sum = 0;
     for (size_t i = threadIdx.x; i < slabs; i += blockDim.x) sum += part[i];
     if (blockDim.x > 1) sum = block_sum(sum);
     if (threadIdx.x > 0) return;
-    *a = adamw_begin(&h, state, sqrt(sum), state->loss_sum * loss_scale);
+    adamw_begin(&next, &h, state, sqrt(sum), state->loss_sum * loss_scale);
+    *a = next;
     state->loss_sum = 0;  // for the next step's passes, which add to it
-    if (a->finite) state->step++;  // the next step's draws read it
+    if (next.finite) state->step++;  // the next step's draws read it
 }
 
 // naive: one thread per parameter
-__global__ void update_one(float *p, const float *g, float *m, float *v, float *ema, size_t n,
+__global__ void update_one(float *p, float *g, float *m, float *v, float *ema, size_t n,
                            size_t n_decay, const AdamWStep *a) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n && a->finite)
-        adamw_update(a, i < n_decay, &p[i], g[i], &m[i], &v[i], ema ? &ema[i] : NULL);
+    if (i >= n || !a->finite) return;
+    adamw_update(a, i < n_decay, &p[i], g[i], &m[i], &v[i], ema ? &ema[i] : NULL);
+    g[i] = 0;
 }
-// tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 7 arrays of n, 55 MB for the
+// tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 8 arrays of n, 63 MB for the
 // paper's 1.97 M parameters. copy: the new parameters in bf16, NULL where nobody keeps one.
 // Neighbouring threads: neighbouring 16 bytes of every array. No sum crosses threads: no barrier.
 // Measured: 8.4 M parameters 0.58 -> 0.14 ms. 1.65 M in a step, 49.5 MB with the copy: 14.7 us,
 // 3.4 TB/s, more than memory gives: some of it must still lie in L2.
-__global__ void update_four(float *p, const float *g, float *m, float *v, float *ema, bf16 *copy,
+// Moments are read and written past all others there (evict first): nothing else needs them before
+// the next update, and 15.8 MB of the paper's would push out what does: parameters, gradients, the
+// copy. A step of 1x128 takes 97 us instead of 105.
+__global__ void update_four(float *p, float *g, float *m, float *v, float *ema, bf16 *copy,
                             size_t n, size_t n_decay, const AdamWStep *step) {
     begin_dependent();
     size_t i = 4 * ((size_t)blockIdx.x * blockDim.x + threadIdx.x);
@@ -1284,6 +1333,7 @@ __global__ void update_four(float *p, const float *g, float *m, float *v, float 
     if (i + 4 > n) {
         for (; i < n; i++) {
             adamw_update(&a, i < n_decay, &p[i], g[i], &m[i], &v[i], ema ? &ema[i] : NULL);
+            g[i] = 0;
             if (copy) copy[i] = (bf16)p[i];
         }
         return;
@@ -1292,14 +1342,15 @@ __global__ void update_four(float *p, const float *g, float *m, float *v, float 
     float p4[4], g4[4], m4[4], v4[4], e4[4];
     *(float4 *)p4 = *(float4 *)(p + i);
     *(float4 *)g4 = *(const float4 *)(g + i);
-    *(float4 *)m4 = *(float4 *)(m + i);
-    *(float4 *)v4 = *(float4 *)(v + i);
+    *(float4 *)m4 = __ldcs((const float4 *)(m + i));
+    *(float4 *)v4 = __ldcs((const float4 *)(v + i));
     if (ema) *(float4 *)e4 = *(float4 *)(ema + i);
     for (int j = 0; j < 4; j++)
         adamw_update(&a, i + j < n_decay, &p4[j], g4[j], &m4[j], &v4[j], ema ? &e4[j] : NULL);
+    *(float4 *)(g + i) = make_float4(0, 0, 0, 0);
     *(float4 *)(p + i) = *(float4 *)p4;
-    *(float4 *)(m + i) = *(float4 *)m4;
-    *(float4 *)(v + i) = *(float4 *)v4;
+    __stcs((float4 *)(m + i), *(float4 *)m4);
+    __stcs((float4 *)(v + i), *(float4 *)v4);
     if (ema) *(float4 *)(ema + i) = *(float4 *)e4;
     if (copy) put_four(copy + i, *(float4 *)p4);
 }
@@ -1320,7 +1371,7 @@ static void optimize_naive(real *params, real *grads, real *m, real *v, real *em
     LAUNCHED("begin_step", 0, 8.0 * slabs);
     update_one<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>(params, grads, m, v, ema, n,
                                                                    n_decay, a);
-    LAUNCHED("update_one", 0, (ema ? 36.0 : 28.0) * n);
+    LAUNCHED("update_one", 0, (ema ? 40.0 : 32.0) * n);
 }
 
 static void optimize_tiled(real *params, real *grads, real *m, real *v, real *ema, size_t n,
@@ -1418,6 +1469,8 @@ void kernel_install(Backend *b, const Kernel *k) {
     memcpy((char *)b + k->entry, &k->launch, sizeof k->launch);
 }
 
+// Up to here a convolution leaves enough of a large GPU to what runs beside it.
+enum { BRANCH_ROWS = 2048 };
 static Backend memory_half(void) {
     Backend b = {};
     b.act_bytes = sizeof(float);
@@ -1430,6 +1483,10 @@ static Backend memory_half(void) {
     b.write_acts = gpu_write_acts;
     b.read_acts = gpu_read_acts;
     b.work_bytes = gpu_work_bytes;
+    b.branch_rows = BRANCH_ROWS;
+    b.begin_branch = gpu_begin_branch;
+    b.end_branch = gpu_end_branch;
+    b.join = gpu_join;
     b.record = gpu_record;
     b.replay = gpu_replay;
     b.free_recording = gpu_free_recording;
@@ -1544,6 +1601,7 @@ static void *record_calls(Calls *calls) {
 
 double gpu_time(void (*f)(void *), void *arg) {
     enum { MOST_RUNS = 50, MOST_CALLS = 50 };
+    const float LONG = 0.25f;  // ms
     Calls calls = {f, arg, 3};
     float ms[MOST_RUNS], spent = 0;
     int runs = 0;
@@ -1554,7 +1612,8 @@ double gpu_time(void (*f)(void *), void *arg) {
     calls.times = 1;
     float once = calls_ms(&calls, NULL, begin, end);
     if (once < 1) calls.times = once * MOST_CALLS > 1 ? (int)(1 / once) : (int)MOST_CALLS;
-    void *recording = record_calls(&calls);
+    // What takes longer than LONG hides its launches; and a copy is slower as a graph's node.
+    void *recording = once < LONG ? record_calls(&calls) : NULL;
     if (recording) calls_ms(&calls, recording, begin, end);  // the first replay sends it to the GPU
     // At least 5 runs, then until 0.2 s are spent: slow kernels must not take minutes.
     while (runs < MOST_RUNS && (runs < 5 || spent < 200) && spent < 2000 && !first_error[0]) {

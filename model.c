@@ -172,6 +172,11 @@ static size_t place_activations(Model *m, Arena a, bool training) {
     // h and z carry C channels between convs and D before the head: each is as wide as the wider.
     m->h = place(&a, N * wide * size);
     m->z = place(&a, N * wide * size);
+    // A branch may read all that it was given to the end of a pass: then each has its own place.
+    m->dh = m->branches ? place(&a, N * wide * size) : m->h;
+    m->dz = m->branches ? place(&a, N * wide * size) : m->z;
+    for (int l = 0; l < m->L && c->form == BLOCK_PAPER; l++)
+        m->convs[l].read = m->branches ? place(&a, N * C * size) : l % 2 ? m->h : m->z;
     m->logits = place(&a, N * V * size);
     m->ids = place(&a, N * sizeof *m->ids);
     m->targets = place(&a, N * sizeof *m->targets);
@@ -181,7 +186,7 @@ static size_t place_activations(Model *m, Arena a, bool training) {
 
 // Notes that a role needs `bytes` and where its address goes; allocate() then takes all at once.
 static void plan(Model *m, const char *role, size_t bytes, void *address) {
-    // At most nine: eight in model_open, and the training text.
+    // At most ten: nine in model_open, and the training text.
     m->memory[m->n_memory++] = (MemoryRole){.role = role, .bytes = bytes, .address = address};
 }
 
@@ -228,6 +233,7 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
         size_t most = halve ? backend->pass_rows((size_t)B * T) : SIZE_MAX;
         for (; m->B % 2 == 0 && (size_t)m->B * T > most; m->B /= 2) m->training.passes *= 2;
         B = m->B;
+        m->branches = (size_t)B * T <= backend->branch_rows;
     }
     if (model_describe(m, e)) return -1;
     size_t n = m->n_params * sizeof(real), N = (size_t)B * T;
@@ -243,8 +249,9 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
     }
     plan(m, "activations", place_activations(m, (Arena){NULL, 0}, training != NULL),
          &m->activations);
-    plan(m, "scratch", backend->work_bytes(N, config->taps, width > V ? width : V, m->n_params),
-         &m->work);
+    size_t work = backend->work_bytes(N, config->taps, width > V ? width : V, m->n_params);
+    plan(m, "scratch", work, &m->work);
+    if (m->branches) plan(m, "scratch of branches", work, &m->branch_work);
     plan(m, "training state", sizeof *m->state, &m->state);
     if (allocate(m, e)) {
         model_free(m);
@@ -252,6 +259,7 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
     }
     // The same walk again, now with memory under it.
     place_activations(m, (Arena){m->activations, 0}, training != NULL);
+    if (!m->branches) m->branch_work = m->work;
     return 0;
 }
 
@@ -435,14 +443,27 @@ void model_forward(Model *m, bool train, uint64_t first) {
 
 // ---- The graph: backward, the same lines from the bottom up ------------------------------------
 
-// One layer's weight and bias gradient; bias NO_BIAS: none.
+// Branches, where the step has them: what only the optimizer waits for need not hold up the rest.
+// With few rows in a pass a GPU has room for both. Branch 0: all in order, nothing to wait for.
+static void begin_branch(const Model *m) {
+    if (m->branches) m->backend->begin_branch();
+}
+static int end_branch(const Model *m) { return m->branches ? m->backend->end_branch() : 0; }
+static void join(const Model *m, int branch) {
+    if (branch) m->backend->join(branch);
+}
+
+// One layer's weight and bias gradient; bias NO_BIAS: none. Returns the branch that makes it, which
+// must be joined before x or dy changes.
 // (Not 0, which is a tensor's offset.)
 #define NO_BIAS SIZE_MAX
-static void weight_backward(const Model *m, size_t weight, size_t bias, const act *x, const act *dy,
-                            ConvShape s) {
+static int weight_backward(const Model *m, size_t weight, size_t bias, const act *x, const act *dy,
+                           ConvShape s) {
     real *db = bias == NO_BIAS ? NULL : m->grads + bias;
     const WeightJob job = {m->grads + weight, db, x, dy, s.dil};
-    m->backend->conv_backward_weight(&job, 1, s, m->work);
+    begin_branch(m);
+    m->backend->conv_backward_weight(&job, 1, s, m->branch_work);
+    return end_branch(m);
 }
 
 // Where the gradient of the residual stream goes on: through the activation of its last conv, whose
@@ -453,48 +474,51 @@ static act *top_pre(const Model *m, int u) {
 
 // Through head, projection and the last norm. dlogits stand in m->logits; the gradient of the
 // residual stream takes the place of x[U], which nothing needs any more.
-static void head_backward(Model *m, float scale) {
+// Returns the branch that makes the weight gradients.
+static int head_backward(Model *m, float scale) {
     const Backend *be = m->backend;
     const real *P = m->params;
     real *G = m->grads;
     size_t N = (size_t)m->B * m->T;
-    int C = m->config.channels, D = m->config.latent;
-    act *dh;
+    int C = m->config.channels, D = m->config.latent, branch;
     if (m->config.tie) {
         // forward:  logits[v] = sum_c E[v,c] h[c]
         // As a conv it has dlogits (V channels) for its x and h for its dy:
         //   dE[v,c] += dlogits[v] h[c]          dh[c] = sum_v dlogits[v] E[v,c]
-        dh = m->z;
-        weight_backward(m, m->embedding, NO_BIAS, m->logits, m->h, linear_shape(m, V, C));
-        be->conv_forward(NULL, dh, m->logits, P + m->embedding, NULL, NULL, (Dropout){0},
+        branch = weight_backward(m, m->embedding, NO_BIAS, m->logits, m->h, linear_shape(m, V, C));
+        be->conv_forward(NULL, m->dh, m->logits, P + m->embedding, NULL, NULL, (Dropout){0},
                          linear_shape(m, V, C), m->work);
     } else {
-        // forward:  z = h proj + b;  logits = z head + b       (dz replaces z, dh replaces h)
+        // forward:  z = h proj + b;  logits = z head + b       (dz may replace z, dh may replace h)
         // Each weight gradient comes before the input gradient that overwrites what it reads.
-        act *dz = m->z;
         weight_backward(m, m->head, m->head_bias, m->z, m->logits, linear_shape(m, D, V));
-        be->conv_backward_input(dz, NULL, NULL, m->logits, P + m->head, 1, linear_shape(m, D, V),
+        be->conv_backward_input(m->dz, NULL, NULL, m->logits, P + m->head, 1,
+                                linear_shape(m, D, V), false, m->work);
+        branch = weight_backward(m, m->proj, m->proj_bias, m->h, m->dz, linear_shape(m, C, D));
+        be->conv_backward_input(m->dh, NULL, NULL, m->dz, P + m->proj, 1, linear_shape(m, C, D),
                                 false, m->work);
-        dh = m->h;
-        weight_backward(m, m->proj, m->proj_bias, m->h, dz, linear_shape(m, C, D));
-        be->conv_backward_input(dh, NULL, NULL, dz, P + m->proj, 1, linear_shape(m, C, D), false,
-                                m->work);
     }
-    // forward:  h = norm_out(x[U])        dx is written: no other branch has reached x[U] so far
+    // forward:  h = norm_out(x[U])        dx is written: nothing else has reached x[U] so far
     act *x = m->x[m->U];
-    be->norm_backward(x, G + m->norm_out.gain, G + m->norm_out.bias, NULL, top_pre(m, m->U - 1), dh,
-                      x, P + m->norm_out.gain, P + m->norm_out.bias, scale, N, C, false, m->work);
+    be->norm_backward(x, G + m->norm_out.gain, G + m->norm_out.bias, NULL, top_pre(m, m->U - 1),
+                      m->dh, x, P + m->norm_out.gain, P + m->norm_out.bias, scale, N, C, false,
+                      m->work);
+    return branch;
 }
 
 // Weight gradients that wait to be made together, all of convs.
 typedef struct {
     WeightJob jobs[MAX_WEIGHT_JOBS];
     int n;
+    int branch;  // that makes those before
 } WeightJobs;
 
 // Makes what waits. The shape is any conv's, they differ in dil only, which stands in the job.
 static void run_jobs(const Model *m, WeightJobs *w) {
-    if (w->n) m->backend->conv_backward_weight(w->jobs, w->n, conv_shape(m, 0), m->work);
+    if (w->n == 0) return;
+    begin_branch(m);
+    m->backend->conv_backward_weight(w->jobs, w->n, conv_shape(m, 0), m->branch_work);
+    w->branch = end_branch(m);
     w->n = 0;
 }
 
@@ -507,32 +531,30 @@ static void add_job(const Model *m, WeightJobs *w, const Conv *v, const act *x) 
 // forward:  x[u+1] = x[u] + convs(x[u])     dx holds dx[u+1] and becomes dx[u].
 // The last conv's pre holds its dpre already; every other's dpre takes the place of its pre here,
 // the one of the unit below included. What a conv had read is made again from the pre before it
-// (cheaper than having kept it) and waits in m->h or m->z for the weight gradients.
+// (cheaper than having kept it) and waits in v->read for the weight gradients.
 static void paper_unit_backward(Model *m, int u, act *dx, float scale, WeightJobs *waiting) {
     const Backend *be = m->backend;
     const real *P = m->params;
     int first = m->units[u].first, l = first + m->units[u].count - 1;
-    // head_backward, or the unit above, is done with both.
-    act *free_arrays[2] = {m->h, m->z};
-    int taken = 0;
 
     for (; l > first; l--) {
         const Conv *v = &m->convs[l];
-        if (taken == 2) run_jobs(m, waiting), taken = 0;  // gives h and z back
-        act *read = free_arrays[taken++];
+        // Without branches convs share these arrays: what waits may read this one.
+        for (int i = 0; i < waiting->n; i++)
+            if (waiting->jobs[i].x == v->read) run_jobs(m, waiting);
         // forward:  x_l = f(pre_{l-1}),  pre_l = conv(x_l)      dx_l goes on to dpre_{l-1} unkept
-        be->conv_backward_input(NULL, m->convs[l - 1].pre, read, v->pre, P + v->weight, scale,
+        be->conv_backward_input(NULL, m->convs[l - 1].pre, v->read, v->pre, P + v->weight, scale,
                                 conv_shape(m, l), false, m->work);
-        add_job(m, waiting, v, read);
+        add_job(m, waiting, v, v->read);
     }
     const Conv *v = &m->convs[first];
-    // The unit's first conv read the residual stream, whose gradient also came by the residual
-    // itself: dx is added to. Complete, it goes on to the unit below's dpre.
+    // The unit's first conv read the residual stream, which is still there: its weight gradient need
+    // not wait for the rest.
+    add_job(m, waiting, v, m->x[u]);
+    // The stream's gradient also came by the residual itself: dx is added to. Complete, it goes on
+    // to the unit below's dpre.
     be->conv_backward_input(dx, top_pre(m, u - 1), NULL, v->pre, P + v->weight, scale,
                             conv_shape(m, first), true, m->work);
-    add_job(m, waiting, v, m->x[u]);
-    // h and z are the next unit's from here on.
-    run_jobs(m, waiting);
 }
 
 // forward:  x[u+1] = x[u] + conv(norm(x[u]))          the same, with one conv to a unit
@@ -541,13 +563,13 @@ static void prenorm_unit_backward(Model *m, int u, act *dx, float scale, WeightJ
     const Backend *be = m->backend;
     const real *P = m->params;
     const Conv *v = &m->convs[u];
-    // z = gradient of what norm gave: plain, as no activation lies between norm and conv.
-    be->conv_backward_input(m->z, NULL, NULL, v->pre, P + v->weight, 1, conv_shape(m, u), false,
+    // dh = gradient of what norm gave: plain, as no activation lies between norm and conv.
+    be->conv_backward_input(m->dh, NULL, NULL, v->pre, P + v->weight, 1, conv_shape(m, u), false,
                             m->work);
     // dx += what comes through the norm; the residual's own part stands in it already. x[u] is made
     // into norm(x[u]) once it has been read: the weight gradient wants it.
     be->norm_backward(dx, m->grads + v->norm.gain, m->grads + v->norm.bias, m->x[u],
-                      top_pre(m, u - 1), m->z, m->x[u], P + v->norm.gain, P + v->norm.bias, scale,
+                      top_pre(m, u - 1), m->dh, m->x[u], P + v->norm.gain, P + v->norm.bias, scale,
                       (size_t)m->B * m->T, m->config.channels, true, m->work);
     add_job(m, waiting, v, m->x[u]);
 }
@@ -559,15 +581,18 @@ void model_backward(Model *m) {
     const float scale = dropout_of(m, 0, true, 0).scale;
     bool prenorm = m->config.form == BLOCK_PRENORM;
     WeightJobs waiting = {.n = 0};
-    head_backward(m, scale);
+    const int head = head_backward(m, scale);
     // One array is the gradient of the residual stream all the way down: it ends as dx[0].
     act *dx = m->x[m->U];
     for (int u = m->U - 1; u >= 0; u--)
         (prenorm ? prenorm_unit_backward : paper_unit_backward)(m, u, dx, scale, &waiting);
     run_jobs(m, &waiting);
+    // A tied head's branch has added to the embedding's gradient, too.
+    if (m->config.tie) join(m, head);
     m->backend->embed_backward(G + m->embedding, G + m->norm_in.gain, G + m->norm_in.bias, dx,
                                m->ids, P + m->embedding, P + m->norm_in.gain,
                                (size_t)m->B * m->T, m->config.channels, m->work);
+    join(m, waiting.branch);
 }
 
 // ---- Steps -------------------------------------------------------------------------------------
@@ -580,8 +605,7 @@ static void step_body(void *arg) {
     size_t N = (size_t)m->B * m->T;
     // The loss is the mean over all the step's targets, so every pass adds its share.
     float scale = 1 / ((float)t->passes * (float)N);
-    // Every layer adds to its gradients, pass after pass.
-    be->zero(m->grads, m->n_params * sizeof(real));
+    // Every layer adds to its gradients, pass after pass: the step before has left them zero.
     for (int p = 0; p < t->passes; p++) {
         // Windows of the batch that the passes before took.
         uint64_t first = (uint64_t)p * (uint64_t)m->B;
@@ -590,7 +614,9 @@ static void step_body(void *arg) {
         model_forward(m, true, first);
         // From here on the logits are dlogits.
         be->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, scale, N);
-        be->add_losses(m->state, m->losses, N, m->work);
+        begin_branch(m);
+        be->add_losses(m->state, m->losses, N, m->branch_work);
+        end_branch(m);  // joined with the weight gradients, which come later
         model_backward(m);
     }
     // The factor makes the sum of the losses their mean, in nats per byte.
@@ -956,13 +982,16 @@ static void cpu_optimize(real *params, real *grads, real *m, real *v, real *ema,
                          void *work) {
     // One norm over all gradients: clipping scales them together and keeps their direction.
     double norm = sqrt(sum_squares(grads, n, work));
-    AdamWStep a = adamw_begin(&h, state, norm, state->loss_sum * loss_scale);
+    AdamWStep a = adamw_schedule(&h, state->step);
+    adamw_begin(&a, &h, state, norm, state->loss_sum * loss_scale);
     // adamw_begin has put loss and norm into the ring, so the host can say what was not finite.
     state->loss_sum = 0;
     if (!a.finite) return;
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         adamw_update(&a, i < n_decay, &params[i], grads[i], &m[i], &v[i], ema ? &ema[i] : NULL);
+        grads[i] = 0;  // for the next step: a pass over them less than at its beginning
+    }
     state->step++;
 }
 

@@ -264,15 +264,12 @@ typedef struct {
     real lr, decay, beta1, beta2, correct1, correct2, eps, ema;
 } AdamWStep;
 
-// Notes the step's figures in the ring and prepares its updates. norm: of all gradients.
-SHARED_FN AdamWStep adamw_begin(const Hyper *h, StepState *state, double norm, double loss) {
-    uint32_t step = state->step;
+// What is known before the gradients are.
+SHARED_FN AdamWStep adamw_schedule(const Hyper *h, uint32_t step) {
     double lr = learning_rate(h, step);
-    StepFigures f = {(float)loss, (float)norm, (float)lr};
-    state->ring[step % RING] = f;
     AdamWStep a;
-    a.finite = loss - loss == 0 && norm - norm == 0;  // inf - inf and NaN - NaN are NaN
-    a.clip = (real)(h->clip > 0 && norm > h->clip ? h->clip / norm : 1);
+    a.finite = false;
+    a.clip = 1;
     a.lr = (real)lr;
     a.decay = (real)(1 - lr * h->weight_decay);
     a.beta1 = (real)h->beta1;
@@ -283,6 +280,15 @@ SHARED_FN AdamWStep adamw_begin(const Hyper *h, StepState *state, double norm, d
     a.eps = (real)h->eps;
     a.ema = (real)h->ema;
     return a;
+}
+// And what is known with them: notes the step's figures in the ring, and whether and how far to go.
+// norm: of all gradients.
+SHARED_FN void adamw_begin(AdamWStep *a, const Hyper *h, StepState *state, double norm,
+                           double loss) {
+    StepFigures f = {(float)loss, (float)norm, (float)a->lr};
+    state->ring[state->step % RING] = f;
+    a->finite = loss - loss == 0 && norm - norm == 0;  // inf - inf and NaN - NaN are NaN
+    a->clip = (real)(h->clip > 0 && norm > h->clip ? h->clip / norm : 1);
 }
 
 // One parameter's update. ema may be NULL.
@@ -323,6 +329,8 @@ typedef struct Backend {
     void (*read_acts)(real *host_dst, const act *src, size_t n);
     // How many of a step's N rows are best taken at a time; NULL: all of them.
     size_t (*pass_rows)(size_t N);
+    // Up to how many rows of a pass a step is faster with branches (below); 0: never.
+    size_t branch_rows;
     // Scratch that the layers below need on N rows, with at most K taps, `width` channels in or
     // out, n parameters and as many CPU threads as there are now.
     size_t (*work_bytes)(size_t N, int K, int width, size_t n);
@@ -383,13 +391,22 @@ typedef struct Backend {
                        uint64_t seed, uint32_t byte_threshold, uint64_t first, int B, int T);
 
     // -- optimizer. Clips by the global norm, AdamW on n parameters of which the first n_decay are
-    //    decayed, ema (may be NULL), notes the figures in the ring and counts the step. A loss or
-    //    norm that is not finite changes nothing: the step is not counted.
+    //    decayed, ema (may be NULL), notes the figures in the ring, counts the step and leaves the
+    //    gradients zero, for the next step's layers to add to. A loss or norm that is not finite
+    //    changes nothing: the step is not counted, the gradients stay.
     void (*optimize)(real *params, real *grads, real *m, real *v, real *ema, size_t n,
                      size_t n_decay, StepState *state, double loss_scale, Hyper hyper, void *work);
     // Parameters were written from outside: a backend that keeps a copy of them renews it here.
     // NULL where there is no copy.
     void (*sync_params)(const real *params, size_t n);
+
+    // -- branches. What is queued between begin_branch and end_branch may run beside what is queued
+    //    after it, until join(what end_branch returned); it starts when all before it is done.
+    //    Branches run one after the other: to join one joins those before it. They need scratch of
+    //    their own. NULL where branch_rows is 0.
+    void (*begin_branch)(void);
+    int (*end_branch)(void);
+    void (*join)(int branch);
 
     // Records what body(arg) launches, to be replayed without the host; NULL where that does not
     // apply. record returns NULL when it could not.
@@ -451,6 +468,7 @@ typedef struct {
     int block, index;  // its name: blocks.<block>.conv.<index>
     act *pre;          // (N,C) before GELU: all that backward needs of this layer, which turns it
                        // into its gradient
+    act *read;         // (N,C) paper's form: where backward makes again what the conv had read
     Norm norm;         // pre-norm form only
 } Conv;
 
@@ -497,17 +515,19 @@ typedef struct {
     act **x;  // (U+1) x (N,C): the residual stream before each unit; the pre-norm form's backward
               // puts what the conv had read in its place
     act *h, *z;                          // (N,max(C,D)) each: layer outputs on their way
+    act *dh, *dz;                        // their gradients, in their places; with branches elsewhere
     act *logits;                         // (N,V), overwritten by their gradient in training
     int *ids, *targets;                  // (N)
     real *losses;                        // (N)
-    void *work;
+    void *work, *branch_work;            // scratch; the same without branches
     StepState *state;
     void *text;  // the training text and its index
     Corpus corpus;
 
     Training training;
+    bool branches;  // a step queues what only its optimizer waits for in branches
     void *recording;
-    MemoryRole memory[9];
+    MemoryRole memory[10];
     int n_memory;
 } Model;
 
@@ -540,7 +560,7 @@ int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int 
 
 // One optimizer step: draws passes*B windows, forward, backward, clip, AdamW. Queued on a GPU;
 // the figures appear in state->ring. On a loss or gradient that is not finite the parameters and
-// state->step stay as they are.
+// state->step stay as they are, and the gradients stand in m->grads; otherwise that is zero again.
 void model_train_step(Model *m);
 
 // Forward and loss of ids, targets (B*T, host), scored where target >= 0: losses[n] in nats, 0
@@ -557,7 +577,7 @@ int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *na
 // The parts of the above, for tests and for latents. model_forward reads m->ids; with
 // `train` it applies dropout of step state->step, for rows first.. of the step's batch.
 void model_forward(Model *m, bool train, uint64_t first);
-void model_backward(Model *m);  // after model_forward(m, true, ..) and cross_entropy
+void model_backward(Model *m);  // after model_forward(m, true, ..) and cross_entropy; joins all
 act *model_latents(const Model *m);             // z (N,D) of the last model_forward
 
 // ---- Layers on single rows, for streaming ------------------------------------------------------

@@ -90,14 +90,19 @@ losses: the last one only | model.c | state->loss_sum += losses[n]; | state->los
 graph: unit without its residual | model.c | last ? m->x[u] : NULL, | NULL,
 graph: residual's gradient lost, prenorm | model.c | m->config.channels, true, m->work); | m->config.channels, false, m->work);
 graph: residual's gradient lost, paper | model.c | conv_shape(m, first), true, m->work); | conv_shape(m, first), false, m->work);
-graph: the unit below forgotten, prenorm | model.c | top_pre(m, u - 1), m->z, | NULL, m->z,
+graph: the unit below forgotten, prenorm | model.c | top_pre(m, u - 1), m->dh, | NULL, m->dh,
 graph: the unit below forgotten, paper | model.c | top_pre(m, u - 1), NULL, | NULL, NULL,
-graph: the last unit forgotten | model.c | NULL, top_pre(m, m->U - 1), dh, | NULL, NULL, dh,
+graph: the last unit forgotten | model.c | NULL, top_pre(m, m->U - 1), | NULL, NULL,
 graph: weight gradients that wait are forgotten | model.c | run_jobs(m, &waiting); | (void)0;
-graph: what waiting weight gradients read is overwritten | model.c | if (taken == 2) run_jobs(m, waiting), taken = 0; | if (taken == 2) taken = 0;
-graph: tied head without a gradient | model.c | weight_backward(m, m->embedding, NO_BIAS, | if (0) weight_backward(m, m->embedding, NO_BIAS,
+graph: what waiting weight gradients read is overwritten | model.c | if (waiting->jobs[i].x == v->read) run_jobs(m, waiting); | (void)i;
+graph: tied head without a gradient | model.c | branch = weight_backward(m, m->embedding, NO_BIAS, | branch = 0 && weight_backward(m, m->embedding, NO_BIAS,
 graph: every conv has the first dilation | model.c | c->dilations[l % c->n_dilations]; | c->dilations[0];
-graph: gradients left from the last step | model.c | be->zero(m->grads, m->n_params * sizeof(real)); | (void)0;
+graph: gradients left from the last step | model.c | grads[i] = 0;  // for the next step | (void)0;  //
+branches: dh in the place of h | model.c | m->dh = m->branches ? place(&a, N * wide * size) : m->h; | m->dh = m->h;
+branches: dz in the place of z | model.c | m->dz = m->branches ? place(&a, N * wide * size) : m->z; | m->dz = m->z;
+branches: convs share what they read | model.c | .read = m->branches ? place(&a, N * C * size) : | .read =
+branches: a tied head's not joined before the embedding | model.c | if (m->config.tie) join(m, head); | (void)head;
+branches: not joined at the end of a pass | model.c | join(m, waiting.branch); | (void)0;
 graph: gradients not divided by the passes | model.c | 1 / ((float)t->passes * (float)N); | 1 / (float)N;
 graph: a batch halved though it is to be taken at once | model.c | backend->pass_rows && !training->at_once; | backend->pass_rows;
 graph: half a batch for a whole | model.c | m->B /= 2) m->training.passes *= 2; | m->B /= 2) m->training.passes *= 1;

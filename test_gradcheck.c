@@ -607,20 +607,22 @@ static void test_adamw(const char *name, Hyper h) {
     Adam a = new_adam(), defined = new_adam();
     void *work = new_work(1, 1, WIDEST, ADAM_N);
     StepState s = {0};
-    double worst_figure = 0;
+    double worst_figure = 0, left = 0;
     for (int step = 0; step < ADAM_STEPS; step++) {
         fill(a.g, ADAM_N, 50 + (uint64_t)step, 0, 0.02);  // norm about 1.1
         memcpy(defined.g, a.g, ADAM_N * sizeof *a.g);
         s.loss_sum = 12 + step;
         cpu->optimize(a.p, a.g, a.m, a.v, h.ema > 0 ? a.ema : NULL, ADAM_N, ADAM_DECAYED, &s, 0.25,
                       h, work);
-        double lr = define_adamw(defined, &h, step), norm = sqrt(dot(a.g, a.g, ADAM_N));
+        double lr = define_adamw(defined, &h, step), norm = sqrt(dot(defined.g, defined.g, ADAM_N));
+        left += dot(a.g, a.g, ADAM_N);
         StepFigures f = s.ring[step];
         double wrong = fabs((double)f.loss - (12 + step) * 0.25) +
                        fabs((double)f.grad_norm - norm) + fabs((double)f.lr - lr) / h.lr;
         if (!(wrong <= worst_figure)) worst_figure = wrong;
     }
     check(s.step == ADAM_STEPS && s.loss_sum == 0, "adamw %s: counts its steps", name);
+    check(left == 0, "adamw %s: leaves the gradients zero", name);
     check_error(worst_figure, 1e-6, "adamw %s: loss, norm and rate noted (in float)", name);
     check_error(relative_error(a.m, defined.m, ADAM_N), EXACT_BOUND, "adamw %s: m", name);
     check_error(relative_error(a.v, defined.v, ADAM_N), EXACT_BOUND, "adamw %s: v", name);
@@ -638,11 +640,13 @@ static void test_adamw_not_finite(double loss, double gradient) {
     StepState s = {.step = 3, .loss_sum = loss};
     fill(a.g, ADAM_N, 5, 0, 1);
     a.g[ADAM_N - 1] = (real)gradient;
+    memcpy(before.g, a.g, ADAM_N * sizeof *a.g);
     Hyper h = {.steps = 9, .lr = 0.1, .beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .weight_decay = 1,
                .clip = 1, .ema = 0.5};
     cpu->optimize(a.p, a.g, a.m, a.v, a.ema, ADAM_N, ADAM_DECAYED, &s, 1, h, work);
     check(s.step == 3 && same_bits(a.p, before.p, ADAM_N) && same_bits(a.m, before.m, ADAM_N) &&
-              same_bits(a.v, before.v, ADAM_N) && same_bits(a.ema, before.ema, ADAM_N),
+              same_bits(a.v, before.v, ADAM_N) && same_bits(a.ema, before.ema, ADAM_N) &&
+              same_bits(a.g, before.g, ADAM_N),
           "adamw: loss %g and a gradient of %g change nothing", loss, gradient);
     FREE_ALL(a.p, a.g, a.m, a.v, a.ema, before.p, before.g, before.m, before.v, before.ema);
     free(work);
@@ -752,10 +756,12 @@ static double model_loss(void *arg) {
     return sum * step_scale(m);
 }
 
-// The gradients of one training step, which is then taken back.
+// The gradients of one training step. Its loss is made NaN: the optimizer then changes nothing, and
+// leaves them where they are.
 static const real *step_gradients(Model *m) {
+    memset(m->grads, 0, m->n_params * sizeof *m->grads);
+    m->state->loss_sum = NAN;
     model_train_step(m);
-    m->state->step--;
     return m->grads;
 }
 
@@ -828,8 +834,10 @@ static void test_model(const Case *c, BlockForm form) {
     size_t n_logits = (size_t)m.B * m.T * V;
     real *logits = new_reals(n_logits);
     uint64_t last = (uint64_t)((c->passes - 1) * c->B);
-    const real *grads = step_gradients(&m);
+    model_train_step(&m);  // at a learning rate of 0
     double step_loss = (double)m.state->ring[5].loss;
+    m.state->step--;
+    const real *grads = step_gradients(&m);
     real *first_time = new_reals(m.n_params);
     memcpy(first_time, grads, m.n_params * sizeof *grads);
     check(same_bits(step_gradients(&m), first_time, m.n_params),

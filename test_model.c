@@ -29,6 +29,13 @@ static void give_text(Model *m) {
     if (model_set_corpus(m, text, length, 3, &e)) need(false, e.text);
 }
 
+// One step, whose gradients stay in m->grads: with a loss of NaN the optimizer leaves everything as
+// it is.
+static void step_for_gradients(Model *m) {
+    m->state->loss_sum = (double)NAN;
+    model_train_step(m);
+}
+
 static real *copy_of(const Model *m, const real *role) {
     real *host = new_reals(m->n_params);
     model_read(m, host, role);
@@ -348,10 +355,14 @@ static void test_passes(const char *name, Config config) {
         fill_params(both[i], 5);
         give_text(both[i]);
         both[i]->state->step = 3;
-        model_train_step(both[i]);
+        step_for_gradients(both[i]);
     }
     check_error(relative_error(halves.grads, whole.grads, whole.n_params), 5e-6,
                 "%s: gradients of two half batches", name);
+    for (int i = 0; i < 2; i++) {
+        cpu->zero(both[i]->grads, both[i]->n_params * sizeof(real));
+        model_train_step(both[i]);
+    }
     StepFigures a = whole.state->ring[3], b = halves.state->ring[3];
     check_error(fabs((double)a.loss / (double)b.loss - 1), 1e-6, "%s: their loss", name);
     check_error(fabs((double)a.grad_norm / (double)b.grad_norm - 1), 1e-6, "%s: their norm", name);
@@ -378,13 +389,105 @@ static void test_halving(Config config) {
     for (int i = 0; i < 2; i++) {
         fill_params(both[i], 5);
         give_text(both[i]);
-        model_train_step(both[i]);
+        step_for_gradients(both[i]);
     }
     check_error(relative_error(halves.grads, whole.grads, whole.n_params), 5e-6,
                 "gradients of both halves");
     model_free(&halves);
     model_free(&whole);
     model_free(&odd);
+}
+
+// ---- Branches: the graph under a backend that runs them as late as it may
+
+// What was queued in a branch and has not run yet.
+typedef struct {
+    enum { WEIGHTS, LOSSES } what;
+    WeightJob jobs[MAX_WEIGHT_JOBS];
+    int n, branch;
+    ConvShape s;
+    StepState *state;
+    const real *losses;
+    size_t N;
+    void *work;
+} Late;
+enum { MOST_LATE = 64 };
+static Late late[MOST_LATE];
+static int n_late, late_branch;  // branches so far
+static bool in_branch;
+static size_t most_late;
+
+static void late_begin_branch(void) {
+    late_branch++;
+    in_branch = true;
+}
+static int late_end_branch(void) {
+    in_branch = false;
+    return late_branch;
+}
+static void run_late(const Late *l) {
+    if (l->what == WEIGHTS)
+        cpu->conv_backward_weight(l->jobs, l->n, l->s, l->work);
+    else
+        cpu->add_losses(l->state, l->losses, l->N, l->work);
+}
+static void late_join(int branch) {
+    int done = 0;
+    while (done < n_late && late[done].branch <= branch) run_late(&late[done++]);
+    memmove(late, late + done, (size_t)(n_late -= done) * sizeof *late);
+}
+static void queue_late(Late l) {
+    l.branch = late_branch;
+    if (!in_branch) {
+        run_late(&l);
+        return;
+    }
+    need(n_late < MOST_LATE, "too many calls in branches");
+    late[n_late++] = l;
+    if ((size_t)n_late > most_late) most_late = (size_t)n_late;
+}
+static void late_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
+    Late l = {.what = WEIGHTS, .n = n, .s = s, .work = work};
+    memcpy(l.jobs, jobs, (size_t)n * sizeof *jobs);
+    queue_late(l);
+}
+static void late_losses(StepState *state, const real *losses, size_t N, void *work) {
+    queue_late((Late){.what = LOSSES, .state = state, .losses = losses, .N = N, .work = work});
+}
+
+// Whatever a branch reads must stay, and nobody may use what it writes, until it is joined: else the
+// bits differ from those of a backend that does all in order.
+static void test_branches(const char *name, Config config) {
+    enum { B = 2, T = 50 };
+    Backend lazy = *cpu;
+    lazy.branch_rows = B * T;
+    lazy.begin_branch = late_begin_branch;
+    lazy.end_branch = late_end_branch;
+    lazy.join = late_join;
+    lazy.conv_backward_weight = late_weight;
+    lazy.add_losses = late_losses;
+    Training training = training_of(2, 0.2f);
+    Model m[2];
+    open_or_die(&m[0], cpu, &config, B, T, &training);
+    open_or_die(&m[1], &lazy, &config, B, T, &training);
+    most_late = 0;
+    for (int i = 0; i < 2; i++) {
+        fill_params(&m[i], 5);
+        give_text(&m[i]);
+        for (int step = 0; step < 3; step++) model_train_step(&m[i]);
+    }
+    check(!m[0].branches && m[1].branches && most_late > 2 && n_late == 0,
+          "%s: branches are used, and joined by the end of a step", name);
+    check(same_bits(m[0].params, m[1].params, m[0].n_params) &&
+              same_bits(m[0].v, m[1].v, m[0].n_params) &&
+              memcmp(m[0].state->ring, m[1].state->ring, 3 * sizeof *m[0].state->ring) == 0,
+          "%s: branches that run as late as they may change no bit", name);
+    model_free(&m[0]);
+    model_free(&m[1]);
+    Model large;
+    open_or_die(&large, &lazy, &config, B, T + 1, &training);
+    check(!large.branches, "%s: no branches where a pass has more rows", name);
+    model_free(&large);
 }
 
 // Parameters, average and moments after three steps of everything.
@@ -630,7 +733,11 @@ static void test_not_finite(void) {
           "a loss of NaN: parameters, average and moments stay");
     float noted = m.state->ring[1].loss;
     check(noted != noted, "a loss of NaN: noted for the host to see");
+    bool found = false;
+    for (size_t i = 0; i < m.n_params; i++) found = found || m.grads[i] != m.grads[i];
+    check(found, "a loss of NaN: its gradients stay, to be looked at");
     m.params[m.convs[1].bias] = 0;
+    cpu->zero(m.grads, m.n_params * sizeof *m.grads);
     model_train_step(&m);
     check(m.state->step == 2 && m.state->ring[1].loss < 100, "after it, training can go on");
     free(params), free(first), free(second), free(ema);
@@ -676,6 +783,7 @@ int main(void) {
         test_passes(forms[i].name, forms[i].config);
         if (i == 0) test_halving(forms[i].config);
         test_threads(forms[i].name, forms[i].config);
+        test_branches(forms[i].name, forms[i].config);
         test_overfit(forms[i].name, forms[i].config);
     }
     return finish();

@@ -693,8 +693,8 @@ static const char *find_culprit(Run *r) {
     return "the loss";
 }
 
-// A loss or gradient was not finite. The backend has changed nothing since, so its gradients are
-// still those of that step.
+// A loss or gradient was not finite. The backend has changed nothing since, and its gradients are
+// still that step's, added up as often as it was queued again.
 static void stop_not_finite(Run *r, const StepFigures *f) {
     Error e;
     fail(&e, "step %lld: %s is not finite (loss %g, gradient norm %g). That step changed "
