@@ -653,7 +653,7 @@ INLINE void tensor_copy(uint32_t dst, const CUtensorMap *map, uint32_t bar, int 
         : "memory");
 }
 
-// The copy engine reads a map before it first copies by it. Read ahead, that is not waited for then.
+// The copy engine reads a map before it first copies by it; read ahead, it costs no wait then.
 INLINE void map_prefetch(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -824,10 +824,10 @@ enum {
 // weights are whole before any block of ours can run. Weights that are not in that copy are
 // converted by the kernel right before ours: then ours is launched plainly (`settled` false).
 // Biases are parameters like them. All else waits: x, side, dx and the step's number may come from
-// the kernel before, and what is written may still be read there. The next one may come when our own
-// wait is over: earlier, its blocks and those of the one after it would fill the GPU with waiting,
-// and a branch's kernel would find no place. A kernel that is not launched in this way needs neither
-// call, and loses only the overlap.
+// the kernel before, and what is written may still be read there. The next one may come when our
+// own wait is over: earlier, its blocks and those of the one after it would fill the GPU with
+// waiting, and a branch's kernel would find no place. A kernel that is not launched in this way
+// needs neither call, and loses only the overlap.
 //
 // Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
 // that share copies of weights, 12.1 -> 13.5 and 15.1; two warpgroups for three, 23.9 -> 27.0;
@@ -888,8 +888,8 @@ INLINE void copy_weights(const ConvArgs *a, uint32_t weights, uint32_t bar, int 
     }
 }
 
-// One thread's work: the biases and weights once, two chunks ahead of the products or, for the small
-// tile, all ahead of the wait; and the stages in the order of the block's tiles.
+// One thread's work: the biases and weights once, two chunks ahead of the products or, for the
+// small tile, all ahead of the wait; and the stages in the order of the block's tiles.
 template <bool BACKWARD, int TAPS, int TILE_O>
 INLINE void conv_copy(const ConvArgs *a, uint32_t weights, uint32_t ring, ConvBarriers bar,
                       int first, int stride, int out0) {
@@ -1738,6 +1738,6 @@ const Kernel tensor_kernels[] = {
            "weights stay in shared memory"),
     KERNEL(bf16, conv_backward_weight, conv_backward_weight_mma, "", "mma.sync, slabs of time"),
     KERNEL(bf16, conv_backward_weight, conv_backward_weight_wgmma, "tensor",
-           "a warpgroup per tap, three layers at once"),
+           "a warpgroup per tap, six layers at once"),
 };
 const int n_tensor_kernels = sizeof tensor_kernels / sizeof *tensor_kernels;

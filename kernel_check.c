@@ -298,7 +298,7 @@ static void run_conv_backward_input(Side *s) {
         s->be->conv_backward_input(dx, pre, a, dy, w, backward_scale(s), c, accumulate, work);
 }
 
-// Variant 2: a second layer, of another dilation, in the same call. 3: no bias gradient.
+// Variant 2: two to MAX_WEIGHT_JOBS layers, of other dilations, in one call. 3: no bias gradient.
 static void run_conv_backward_weight(Side *s) {
     ConvShape c = s->s;
     size_t N = rows_of(s);
@@ -308,15 +308,16 @@ static void run_conv_backward_weight(Side *s) {
     last_is_exact(s);
     const act *x = acts(s, "x", IN, N * c.C), *dy = acts(s, "dy", IN, N * c.O);
     void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
-    WeightJob jobs[2] = {{dw, s->variant == 3 ? NULL : db, x, dy, c.dil}};
-    if (s->variant == 2) {
-        real *dw2 = reals(s, "dw of the second", ADD, (size_t)c.K * c.C * c.O);
+    WeightJob jobs[MAX_WEIGHT_JOBS] = {{dw, s->variant == 3 ? NULL : db, x, dy, c.dil}};
+    int n = s->variant == 2 ? 2 + c.T % (MAX_WEIGHT_JOBS - 1) : 1;
+    for (int i = 1; i < n; i++) {
+        real *dw_i = reals(s, "dw of another", ADD, (size_t)c.K * c.C * c.O);
         last_is_exact(s);
-        real *db2 = reals(s, "db of the second", ADD, c.O);
+        real *db_i = reals(s, "db of another", ADD, c.O);
         last_is_exact(s);
-        jobs[1] = (WeightJob){dw2, db2, x, dy, c.dil + 1};
+        jobs[i] = (WeightJob){dw_i, db_i, x, dy, c.dil + i};
     }
-    if (!s->failed) s->be->conv_backward_weight(jobs, s->variant == 2 ? 2 : 1, c, work);
+    if (!s->failed) s->be->conv_backward_weight(jobs, n, c, work);
 }
 
 // Variant 1: softcap. 2: losses only. 3: every fourth row or so is not scored.

@@ -315,11 +315,11 @@ static void gpu_free_recording(void *recording) {
     CHECK(cudaGraphExecDestroy((cudaGraphExec_t)recording));
 }
 
-// Branches: a second stream, which gpu_stream names while a branch is queued, so that every launcher
-// serves there, too. Events order the two; recorded into a graph they are edges. To leave the main
-// line costs nothing; a kernel that joins cannot be launched ahead, 2 us.
+// Branches: a second stream, which gpu_stream names while a branch is queued, so that every
+// launcher serves there, too. Events order the two; recorded into a graph they are edges. To leave
+// the main line costs nothing; a kernel that joins cannot be launched ahead, some 2 us.
 static cudaStream_t other_stream;  // the one of the two that gpu_stream does not name
-enum { BRANCH_EVENTS = 64 };       // one that is taken again stands for a later branch: that is safe
+enum { BRANCH_EVENTS = 64 };       // one taken again stands for a later branch, which is safe
 static cudaEvent_t branch_begin, branch_end[BRANCH_EVENTS];
 static int branches;
 
@@ -770,7 +770,7 @@ __global__ void __launch_bounds__(THREADS) norm_backward_registers(NormBackward<
     // From a lane's eight columns in eight warps to a thread per column; first dgain, then dbias.
     // The stores meet eight lanes to a bank, but there are 16 of them for all of the block's rows.
     for (int i = 0; i < 2; i++) {
-        __syncthreads();  // the sums of the round before are read
+        if (i > 0) __syncthreads();  // the sums of the round before are read
         for (int j = 0; j < 8; j++) warp_sums[warp][8 * lane + j] = sums[i][j];
         __syncthreads();  // all eight warps' sums are there
         float sum = 0;

@@ -157,6 +157,17 @@ static void *place(Arena *a, size_t bytes) {
     return p;
 }
 
+// Where backward makes again what the convs had read: for as many of the paper's units as wait for
+// their weight gradients at a time h, z and two more arrays do, taken in turn.
+static void place_reads(Model *m, Arena *a, size_t bytes) {
+    enum { SHARED = 4 };
+    act *shared[SHARED] = {m->h, m->z};
+    for (int i = 2; i < SHARED && !m->branches; i++) shared[i] = place(a, bytes);
+    for (int l = m->L - 1, taken = 0; l >= 0; l--)
+        if (l % m->config.n_dilations != 0)  // a unit's first conv has read its x
+            m->convs[l].read = m->branches ? place(a, bytes) : shared[taken++ % SHARED];
+}
+
 // Gives every activation array its place in a; returns the bytes that all take. Of (N,C) arrays
 // training keeps U+1 for x and L for pre, inference 2 and 1.
 static size_t place_activations(Model *m, Arena a, bool training) {
@@ -175,8 +186,7 @@ static size_t place_activations(Model *m, Arena a, bool training) {
     // A branch may read all that it was given to the end of a pass: then each has its own place.
     m->dh = m->branches ? place(&a, N * wide * size) : m->h;
     m->dz = m->branches ? place(&a, N * wide * size) : m->z;
-    for (int l = 0; l < m->L && c->form == BLOCK_PAPER; l++)
-        m->convs[l].read = m->branches ? place(&a, N * C * size) : l % 2 ? m->h : m->z;
+    if (training && c->form == BLOCK_PAPER) place_reads(m, &a, N * C * size);
     m->logits = place(&a, N * V * size);
     m->ids = place(&a, N * sizeof *m->ids);
     m->targets = place(&a, N * sizeof *m->targets);
@@ -548,8 +558,8 @@ static void paper_unit_backward(Model *m, int u, act *dx, float scale, WeightJob
         add_job(m, waiting, v, v->read);
     }
     const Conv *v = &m->convs[first];
-    // The unit's first conv read the residual stream, which is still there: its weight gradient need
-    // not wait for the rest.
+    // The unit's first conv read the residual stream, which is still there: its weight gradient
+    // need not wait for the rest.
     add_job(m, waiting, v, m->x[u]);
     // The stream's gradient also came by the residual itself: dx is added to. Complete, it goes on
     // to the unit below's dpre.

@@ -40,7 +40,7 @@ enum {
     MAX_DILATIONS = 32,
     MAX_TAPS = 256,
     MAX_CHANNELS = 65536,
-    MAX_WEIGHT_JOBS = 3,
+    MAX_WEIGHT_JOBS = 6,  // layers whose weight gradients are made together
     ERROR_LEN = 512,
     RING = 1024,  // per-step figures kept on the backend until the host reads them
 };
@@ -468,7 +468,8 @@ typedef struct {
     int block, index;  // its name: blocks.<block>.conv.<index>
     act *pre;          // (N,C) before GELU: all that backward needs of this layer, which turns it
                        // into its gradient
-    act *read;         // (N,C) paper's form: where backward makes again what the conv had read
+    act *read;         // (N,C) paper's form: where backward makes again what the conv had read,
+                       // unless that was a unit's x
     Norm norm;         // pre-norm form only
 } Conv;
 
@@ -515,7 +516,7 @@ typedef struct {
     act **x;  // (U+1) x (N,C): the residual stream before each unit; the pre-norm form's backward
               // puts what the conv had read in its place
     act *h, *z;                          // (N,max(C,D)) each: layer outputs on their way
-    act *dh, *dz;                        // their gradients, in their places; with branches elsewhere
+    act *dh, *dz;                        // their gradients: the same arrays, or with branches others
     act *logits;                         // (N,V), overwritten by their gradient in training
     int *ids, *targets;                  // (N)
     real *losses;                        // (N)

@@ -100,7 +100,7 @@ graph: every conv has the first dilation | model.c | c->dilations[l % c->n_dilat
 graph: gradients left from the last step | model.c | grads[i] = 0;  // for the next step | (void)0;  //
 branches: dh in the place of h | model.c | m->dh = m->branches ? place(&a, N * wide * size) : m->h; | m->dh = m->h;
 branches: dz in the place of z | model.c | m->dz = m->branches ? place(&a, N * wide * size) : m->z; | m->dz = m->z;
-branches: convs share what they read | model.c | .read = m->branches ? place(&a, N * C * size) : | .read =
+branches: convs share what they read | model.c | .read = m->branches ? place(a, bytes) : shared | .read = shared
 branches: a tied head's not joined before the embedding | model.c | if (m->config.tie) join(m, head); | (void)head;
 branches: not joined at the end of a pass | model.c | join(m, waiting.branch); | (void)0;
 graph: gradients not divided by the passes | model.c | 1 / ((float)t->passes * (float)N); | 1 / (float)N;

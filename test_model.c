@@ -455,8 +455,8 @@ static void late_losses(StepState *state, const real *losses, size_t N, void *wo
     queue_late((Late){.what = LOSSES, .state = state, .losses = losses, .N = N, .work = work});
 }
 
-// Whatever a branch reads must stay, and nobody may use what it writes, until it is joined: else the
-// bits differ from those of a backend that does all in order.
+// Whatever a branch reads must stay, and nobody may use what it writes, until it is joined: else
+// the bits differ from those of a backend that does all in order.
 static void test_branches(const char *name, Config config) {
     enum { B = 2, T = 50 };
     Backend lazy = *cpu;
