@@ -516,7 +516,7 @@ typedef struct {
     act **x;  // (U+1) x (N,C): the residual stream before each unit; the pre-norm form's backward
               // puts what the conv had read in its place
     act *h, *z;                          // (N,max(C,D)) each: layer outputs on their way
-    act *dh, *dz;                        // their gradients: the same arrays, or with branches others
+    act *dh, *dz;                        // their gradients: h and z, or with branches others
     act *logits;                         // (N,V), overwritten by their gradient in training
     int *ids, *targets;                  // (N)
     real *losses;                        // (N)
