@@ -388,7 +388,7 @@ static void step_by_kernel(int B, int T) {
     static KernelTime rows[MOST_KERNEL_TIMES];
     Backend b = *backend;
     b.record = NULL;    // launch by launch: a trace does not see into a recording
-    b.branch_rows = 0;  // nor beside the stream
+    b.branch_rows = 0;  // and has one clock
     Model m;
     Error e;
     char what[96];

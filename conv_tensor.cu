@@ -789,14 +789,16 @@ enum {
 // of (K-1)*dil rows. Tensor cores read shared memory themselves.
 // Saved: L2 traffic falls to 12 bytes a cycle, and no operand passes a register.
 // Cost: 196,608 bytes before the first product: up to some 1000 rows a layer's time is mostly that.
-// So where all blocks fit, they are of 32 channels and fetch a quarter each.
+// So where all blocks fit, they are of 32 channels and fetch a quarter each, before the wait. Then
+// rows bind: their stages are of 64 channels, half as many lines for the copy engine.
 // Measured: 32768 rows forward 112 -> 23.2 us. At 131072 rows "residual" and "through GELU" move
 // 268 MB at 2.3 to 2.5 TB/s: device memory is their bound.
 //
 //   shared memory   | weights: chunk 0 (taps 0, 1, 2) | chunk 1 | ..  192 KB
 //                   | ring: stage 0 | stage 1 | .. 7 of 4.5 KB | barriers |
 //   a chunk         64 summed channels x TILE_O made, per tap; rows of 128 bytes, swizzled
-//   a stage         64 + (K-1)*dil rows x 32 channels; rows of 64 bytes, swizzled
+//   a stage         64 + (K-1)*dil rows x 32 channels (the small tile's: 64); rows of 64 bytes
+//                   (128), swizzled
 //   forward reads   [ halo = (K-1)*dil | 64 rows ]    tap k starts at row (K-1-k)*dil
 //   backward reads  [ 64 rows | halo = (K-1)*dil ]    tap k starts at row k*dil
 //
@@ -815,6 +817,7 @@ enum {
 //   full       group, until a stage's bytes have come                  multiplying what lay there
 //   empty      the copying thread, until 4 warps multiplied a stage    overwriting it before
 //   weights    group, until a tap of a chunk has come                  multiplying garbage
+//   bias       group, before its first tile is finished                adding garbage
 //   order      group, until the group before queued its last product   all three multiplying at a
 //              time, and then all finishing at a time with idle tensor cores; no data depends on it
 //
@@ -843,7 +846,6 @@ enum {
     GROUP_REGISTERS = 160,
     COPY_REGISTERS = 32,
     BIAS_AT = 512,       // bytes behind the barriers' first
-    SMALL_BLOCKS = 128,  // as many blocks of 32 channels find a multiprocessor each
 };
 static_assert(128 * (CONV_GROUPS * GROUP_REGISTERS + COPY_REGISTERS) <= 65536, "registers");
 static_assert(8 * (MAX_WEIGHTS + 2 * MAX_SLOTS + CONV_GROUPS + 1) <= BIAS_AT, "barriers");
@@ -1549,9 +1551,9 @@ template <bool BACKWARD>
 static void conv_tiles(const ConvEnd &end, const void *x, const bf16 *w, ConvShape s,
                        bool settled) {
     size_t tiles = s.B * ceil_div(s.T, SUM_TILE);
-    // C = 256: up to 16 tiles, 1024 rows. A block then fetches 49,152 bytes of weights instead of
-    // 196,608.
-    if (tiles * ceil_div(BACKWARD ? s.C : s.O, 32) <= SMALL_BLOCKS)
+    // Where each block finds a multiprocessor: for C = 256 and 132 of them up to 16 tiles, 1024
+    // rows. It fetches 49,152 bytes of weights, not 196,608.
+    if (tiles * ceil_div(BACKWARD ? s.C : s.O, 32) <= (size_t)gpu()->sms)
         conv_taps<BACKWARD, 32>(end, x, w, s, settled);
     else
         conv_taps<BACKWARD, 128>(end, x, w, s, settled);

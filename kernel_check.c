@@ -592,7 +592,7 @@ static void count_work(const char *op, ConvShape s, size_t size, double *flops, 
     if (strcmp(op, "conv_backward_weight") == 0) *bytes = a * N * (C + O) + 8 * w;
     if (strcmp(op, "cross_entropy") == 0) *bytes = 2 * a * N * V;
     if (strcmp(op, "add_losses") == 0) *bytes = 4 * N;
-    if (strcmp(op, "draw_batch") == 0) *bytes = 10 * N;
+    if (strcmp(op, "draw_batch") == 0) *bytes = 9 * N;
     if (strcmp(op, "optimize") == 0) *bytes = 40 * n;  // with the average weights
 }
 

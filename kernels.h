@@ -83,7 +83,8 @@ double gpu_time(void (*f)(void *), void *arg);
 // are there, or a new one, in the order of first launches. Returns how many rows there are now, at
 // most MOST_KERNEL_TIMES. Only what f launches itself is seen, not what it records or replays, and
 // of that the first 1024. Each runs by itself, because its clock is read before the next one may
-// start: together they take longer than where dependent launches overlap.
+// start: together they take longer than where dependent launches overlap. f may queue no branches:
+// there is one clock, of one stream.
 int gpu_trace(void (*f)(void *), void *arg, KernelTime *rows, int n);
 
 // Ceilings, measured: bytes/s of a large copy (read + written), FLOP/s of independent float32

@@ -178,7 +178,7 @@ static void gpu_read_acts(real *dst, const act *src, size_t n) {
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
 // Launches that overlap (Hopper's programmatic dependent launch): the blocks of a kernel may take
-// the places of the one before as soon as all of that one's are running, and wait in
+// free places as soon as all of the one before are running and past their own wait, and wait in
 // begin_dependent until it is done. That hides a launch, 1 to 2 us, of which a step has some 90.
 // sync_params is launched plainly. conv_tensor.cu says why a conv may fetch its weights early.
 #if CUDART_VERSION >= 12030
@@ -206,9 +206,10 @@ static cudaLaunchConfig_t dependent_launch(dim3 grid, dim3 block) {
 #define LAUNCH(kernel, grid, block, ...) kernel<<<grid, block, 0, gpu_stream>>>(__VA_ARGS__)
 #endif
 
-// First in such a kernel: nothing of the kernel before is read, and nothing written that it may
-// still read, until it is done; only then may the next one's blocks come. In this order: once the
-// next one's blocks run, all before this kernel is done, which conv_tensor.cu builds on.
+// In such a kernel, mostly first: nothing of the kernel before is read, and nothing at all written,
+// until it is done; only then may the next one's blocks come. In this order: once the next one's
+// blocks run, all before this kernel is done. So what was written two kernels back or earlier may
+// be read before the wait: conv_tensor.cu, segment_sums and begin_step build on that.
 static __device__ __forceinline__ void begin_dependent() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n griddepcontrol.launch_dependents;" ::: "memory");
@@ -321,7 +322,7 @@ static void gpu_free_recording(void *recording) {
 static cudaStream_t other_stream;  // the one of the two that gpu_stream does not name
 enum { BRANCH_EVENTS = 64 };       // one taken again stands for a later branch, which is safe
 static cudaEvent_t branch_begin, branch_end[BRANCH_EVENTS];
-static int branches;
+static unsigned branches;
 
 static void swap_streams() {
     cudaStream_t stream = gpu_stream;
@@ -341,7 +342,7 @@ static void gpu_begin_branch() {
     swap_streams();
 }
 static int gpu_end_branch() {
-    int i = branches++ % BRANCH_EVENTS;
+    int i = (int)(branches++ % BRANCH_EVENTS);
     CHECK(cudaEventRecord(branch_end[i], gpu_stream));
     swap_streams();
     return i + 1;
@@ -1385,12 +1386,13 @@ static void optimize_tiled(real *params, real *grads, real *m, real *v, real *em
     LAUNCHED("begin_step", 0, 8.0 * slabs);
     LAUNCH(update_four, blocks_for(n, 4 * THREADS), THREADS, params, grads, m, v, ema,
            bf16_copy(params), n, n_decay, (const AdamWStep *)a);
-    LAUNCHED("update_four", 0, ((ema ? 36.0 : 28.0) + (bf16_copy(params) ? 2 : 0)) * n);
+    LAUNCHED("update_four", 0, ((ema ? 40.0 : 32.0) + (bf16_copy(params) ? 2 : 0)) * n);
 }
 
 // ---- Scratch ------------------------------------------------------------------------------------
 //
-// One allocation serves all layers, one after the other on one stream: the largest need counts.
+// One allocation serves all layers, one after the other, and another those in branches: the largest
+// need counts.
 // Each line below is what a launcher above lays out, so the two change together.
 
 static size_t gpu_work_bytes(size_t N, int K, int width, size_t n) {

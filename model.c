@@ -169,7 +169,7 @@ static void place_reads(Model *m, Arena *a, size_t bytes) {
 }
 
 // Gives every activation array its place in a; returns the bytes that all take. Of (N,C) arrays
-// training keeps U+1 for x and L for pre, inference 2 and 1.
+// training keeps U+1 for x, L for pre and those of place_reads, inference 2 and 1.
 static size_t place_activations(Model *m, Arena a, bool training) {
     const Config *c = &m->config;
     size_t N = (size_t)m->B * m->T, size = m->backend->act_bytes;
@@ -484,7 +484,7 @@ static act *top_pre(const Model *m, int u) {
 
 // Through head, projection and the last norm. dlogits stand in m->logits; the gradient of the
 // residual stream takes the place of x[U], which nothing needs any more.
-// Returns the branch that makes the weight gradients.
+// Returns the branch that makes the weight gradients, a tied head's among the embedding's.
 static int head_backward(Model *m, float scale) {
     const Backend *be = m->backend;
     const real *P = m->params;

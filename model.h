@@ -534,7 +534,7 @@ typedef struct {
 
 // Plans and allocates; the Model must then stay where it is. B windows of T bytes are held at a
 // time; `training` NULL plans for inference only (no gradients, no optimizer, three arrays of
-// activations instead of two per layer).
+// activations instead of two per layer, or with branches three).
 // Parameters are zero until model_init_params or a checkpoint fills them. On failure nothing is
 // left allocated. model_free takes a model in any state after model_open, also a zeroed one.
 int model_open(Model *m, const Backend *backend, const Config *config, int B, int T,

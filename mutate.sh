@@ -102,6 +102,10 @@ branches: dh in the place of h | model.c | m->dh = m->branches ? place(&a, N * w
 branches: dz in the place of z | model.c | m->dz = m->branches ? place(&a, N * wide * size) : m->z; | m->dz = m->z;
 branches: convs share what they read | model.c | .read = m->branches ? place(a, bytes) : shared | .read = shared
 branches: a tied head's not joined before the embedding | model.c | if (m->config.tie) join(m, head); | (void)head;
+branches: losses are added in the main line's scratch | model.c | m->losses, N, m->branch_work); | m->losses, N, m->work);
+branches: weight gradients in the main line's scratch | model.c | conv_shape(m, 0), m->branch_work); | conv_shape(m, 0), m->work);
+branches: the head's in the main line's scratch | model.c | (&job, 1, s, m->branch_work); | (&job, 1, s, m->work);
+branches: taken for passes of any size | model.c | (size_t)B * T <= backend->branch_rows; | backend->branch_rows > 0;
 branches: not joined at the end of a pass | model.c | join(m, waiting.branch); | (void)0;
 graph: gradients not divided by the passes | model.c | 1 / ((float)t->passes * (float)N); | 1 / (float)N;
 graph: a batch halved though it is to be taken at once | model.c | backend->pass_rows && !training->at_once; | backend->pass_rows;
@@ -120,6 +124,7 @@ adamw: vectors decay | model.c | adamw_update(&a, i < n_decay, | adamw_update(&a
 adamw: a last block left out of the norm | model.c | blk < blocks; blk++) total += | blk + 1 < blocks; blk++) total +=
 adamw: steps on NaN | model.c | if (!a.finite) return; | if (n == 0) return;
 adamw: steps on an infinite gradient | model.h | loss - loss == 0 && norm - norm == 0; | loss - loss == 0;
+adamw: gradients lost on NaN | model.c | if (!a.finite) return; | memset(grads, 0, a.finite ? 0 : n * sizeof *grads); if (!a.finite) return;
 adamw: step not counted | model.c | state->step++; | (void)0;
 adamw: clips to norm 1 whatever the bound | model.h | h->clip / norm : 1); | 1 / norm : 1);
 adamw: clips what is below the bound | model.h | h->clip > 0 && norm > h->clip ? | h->clip > 0 ?

@@ -416,6 +416,8 @@ static Late late[MOST_LATE];
 static int n_late, late_branch;  // branches so far
 static bool in_branch;
 static size_t most_late;
+static const void *branch_scratch;  // what calls in branches were given
+static bool shared_scratch;         // and the main line, too
 
 static void late_begin_branch(void) {
     late_branch++;
@@ -443,6 +445,8 @@ static void queue_late(Late l) {
         return;
     }
     need(n_late < MOST_LATE, "too many calls in branches");
+    shared_scratch = shared_scratch || (branch_scratch && branch_scratch != l.work);
+    branch_scratch = l.work;
     late[n_late++] = l;
     if ((size_t)n_late > most_late) most_late = (size_t)n_late;
 }
@@ -453,6 +457,15 @@ static void late_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
 }
 static void late_losses(StepState *state, const real *losses, size_t N, void *work) {
     queue_late((Late){.what = LOSSES, .state = state, .losses = losses, .N = N, .work = work});
+}
+
+// The main line's, as one of its layers and its last call have it.
+static void lazy_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
+                               const act *dout, const act *x, const real *gain, const real *bias,
+                               float scale, size_t N, int C, bool accumulate, void *work) {
+    shared_scratch = shared_scratch || work == branch_scratch;
+    cpu->norm_backward(dx, dgain, dbias, again, pre, dout, x, gain, bias, scale, N, C, accumulate,
+                       work);
 }
 
 // Whatever a branch reads must stay, and nobody may use what it writes, until it is joined: else
@@ -466,11 +479,14 @@ static void test_branches(const char *name, Config config) {
     lazy.join = late_join;
     lazy.conv_backward_weight = late_weight;
     lazy.add_losses = late_losses;
+    lazy.norm_backward = lazy_norm_backward;
     Training training = training_of(2, 0.2f);
     Model m[2];
     open_or_die(&m[0], cpu, &config, B, T, &training);
     open_or_die(&m[1], &lazy, &config, B, T, &training);
     most_late = 0;
+    branch_scratch = NULL;
+    shared_scratch = false;
     for (int i = 0; i < 2; i++) {
         fill_params(&m[i], 5);
         give_text(&m[i]);
@@ -478,6 +494,7 @@ static void test_branches(const char *name, Config config) {
     }
     check(!m[0].branches && m[1].branches && most_late > 2 && n_late == 0,
           "%s: branches are used, and joined by the end of a step", name);
+    check(branch_scratch && !shared_scratch, "%s: branches have scratch of their own", name);
     check(same_bits(m[0].params, m[1].params, m[0].n_params) &&
               same_bits(m[0].v, m[1].v, m[0].n_params) &&
               memcmp(m[0].state->ring, m[1].state->ring, 3 * sizeof *m[0].state->ring) == 0,

@@ -697,9 +697,9 @@ static const char *find_culprit(Run *r) {
 // still that step's, added up as often as it was queued again.
 static void stop_not_finite(Run *r, const StepFigures *f) {
     Error e;
-    fail(&e, "step %lld: %s is not finite (loss %g, gradient norm %g). That step changed "
-             "nothing%s%s. Try a lower --lr, more --warmup or --clip 1",
-         (long long)r->step + 1, find_culprit(r), (double)f->loss, (double)f->grad_norm,
+    fail(&e, "step %lld: %s is not finite (loss %g). That step changed nothing%s%s. Try a lower "
+             "--lr, more --warmup or --clip 1",
+         (long long)r->step + 1, find_culprit(r), (double)f->loss,
          r->best_step ? "; the best before it stays in " : "", r->best_step ? opt.out : "");
     stop_run(r, &e);
 }
