@@ -870,12 +870,44 @@ __global__ void embed_rows_tiled(T *x, const int *ids, const float *table, const
     warp_norm_row<VEC>(x + n * C, row, gain, bias, C, lane, dropped);
 }
 
+// registers: as in norm_rows_registers. Gain and bias, which draw_batch before us does not write,
+// come ahead of the wait; then ids, and four rows of the table at a time.
+template <int ROWS, typename T>
+__global__ void embed_rows_registers(T *x, const int *ids, const float *table, const float *gain,
+                                     const float *bias, size_t N, int C) {
+    const int lane = threadIdx.x % 32;
+    const size_t n0 = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS;
+    float v[ROWS][8], g[8], b[8];
+    int id[ROWS];
+    load_row(g, gain, C, lane);
+    load_row(b, bias, C, lane);
+    begin_dependent();
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) id[r] = n0 + r < N ? ids[n0 + r] : BYTE_DROPPED;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        load_row(v[r], table + (id[r] == BYTE_DROPPED ? 0 : (size_t)id[r] * C), C, lane);
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float2 m = register_moments(v[r], C, lane);
+        if (id[r] == BYTE_DROPPED) m.y = 0;  // of this row only the bias remains
+        for (int j = 0; j < 8; j++) v[r][j] = (v[r][j] - m.x) * m.y * g[j] + b[j];
+        store_row(x + (n0 + r) * C, v[r], n0 + r < N ? C : 0, lane);
+    }
+}
+
 template <typename T>
 static void embed_forward_tiled(act *x, const int *ids, const real *table, const real *gain,
                                 const real *bias, size_t N, int C, void *work) {
     (void)work;
     bool aligned = aligned16(x) && aligned16(table) && aligned16(gain) && aligned16(bias);
-    if (aligned && C % 4 == 0)
+    if (aligned && C % 8 == 0 && C <= WARP_C && N <= FEW_ROWS)
+        LAUNCH((embed_rows_registers<1, T>), blocks_for(N, WARPS), THREADS, (T *)x, ids, table,
+               gain, bias, N, C);
+    else if (aligned && C % 8 == 0 && C <= WARP_C)
+        LAUNCH((embed_rows_registers<ROWS_AT_ONCE, T>), blocks_for(N, WARPS * ROWS_AT_ONCE),
+               THREADS, (T *)x, ids, table, gain, bias, N, C);
+    else if (aligned && C % 4 == 0)
         LAUNCH((embed_rows_tiled<true, T>), blocks_for(N, WARPS), THREADS,
                (T *)x, ids, table, gain, bias, N, C);
     else
@@ -1265,7 +1297,7 @@ static void draw_batch_each(int *ids, int *targets, Corpus corpus, const StepSta
 // 39.8 us against 22.7 for these three, 1.97 M parameters.)
 // Bytes a parameter: 4 to square; 16 read and 16 written to update, 8 more with ema, 2 for the copy
 // in bf16. Measured in a step with 1.65 M: squares 4.4 us, begin_step 2.9, update_four 14.7.
-enum { NORM_SLAB = 4096 };
+enum { NORM_SLAB = 8192 };
 
 // naive: one thread per slab, so neighbours are 16 KB apart; one thread for all slabs
 __global__ void squares_naive(double *part, const float *x, size_t n) {
@@ -1382,7 +1414,7 @@ static void optimize_tiled(real *params, real *grads, real *m, real *v, real *em
     AdamWStep *a = step_numbers(work, slabs);
     LAUNCH(squares_tiled, (unsigned)slabs, 1024, (double *)work, grads, n);
     LAUNCHED("squares_tiled", 0, 4.0 * n + 8.0 * slabs);
-    LAUNCH(begin_step, 1, 1024, a, state, (const double *)work, slabs, loss_scale, hyper);
+    LAUNCH(begin_step, 1, THREADS, a, state, (const double *)work, slabs, loss_scale, hyper);
     LAUNCHED("begin_step", 0, 8.0 * slabs);
     LAUNCH(update_four, blocks_for(n, 4 * THREADS), THREADS, params, grads, m, v, ema,
            bf16_copy(params), n, n_decay, (const AdamWStep *)a);
