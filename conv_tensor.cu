@@ -9,21 +9,15 @@
 // 12 to build. The rungs are the last table of this file:
 //   make check-kernels            # every rung against the CPU, then timed, side by side
 //
-// Measured for wgmma on an H100 80GB HBM3, each kernel many times in a graph, median; C = O = 256,
-// K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by less than 5 % mostly, by 14 % at
-// 131072 rows. (./bench --only ladder measures in the same way, and its forward is that with bias
-// and GELU.) All but mma were measured before dropout's draws moved to where they are now, ahead of
-// the products.
-//   rows                         128  1024  8192  16384        32768              131072
-//   forward, bias and GELU      3.08  4.19   8.7  13.1 (491)  23.2 (556)         86.9 (593)
-//     and a residual            3.08  4.27   9.2  14.2 (453)  28.7 (449)        107.6 (479)
-//   forward, bias only          2.82  3.98   7.5  11.7 (550)  20.2 (639)      74-84 (611-695)
-//   to the input, through GELU  3.17  4.27   9.8  15.7 (411)  29-30 (430-451) 112-119 (433-461)
-//     plain, accumulated        2.72  3.85   7.8  11.7 (550)  19-21 (617-675) 80-81 (636)
-//   mma, forward, bias and GELU   22    23    30    64 (101)   112 (115)          418 (123)
-// For comparison: block in float32 takes 342 us for the forward of 32768 rows; large bf16 products
-// of cuBLAS reach 700 to 780 TFLOP/s on that GPU. To the weights, in a step of 32x1024: ten calls
-// 0.34 ms, 364 TFLOP/s.
+// Measured on an H100 80GB HBM3, 2026-11-22 (./bench --only ladder --batch B --seq T: many calls in
+// a row, the median); C = O = 256, K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by 3 %.
+//   B x T                      1x128 1x1024    16x512    16x1024     32x1024     64x2048
+//   wgmma forward, bias, GELU    2.4    3.8  7.5 (427) 12.0 (535)  23.3 (554)  85.4 (604)
+//     to the input, gelu'        2.5    3.7  8.6 (373) 13.9 (462)  27.6 (467) 104.4 (494)
+//     to the weights, one layer  3.9    7.1   17 (192)   29 (221)  31.8 (406)  77.5 (665)
+//   mma, forward                20.5   21.4   28 (113)   63 (103)   104 (124)   380 (136)
+// For comparison: block in float32 takes 336 us for the forward of 32x1024; cuBLAS reaches 720 to
+// 780 TFLOP/s on 8192^3 in bf16, and 389 and 493 on the bare products of 32x1024 and 64x2048.
 #include "kernels.h"
 
 #include <cuda.h>  // CUtensorMap; nothing of libcuda is linked
@@ -267,7 +261,7 @@ static bool all_aligned(const ConvEnd *e, const void *x, const void *w) {
 // Count: a block of 64 x 64 sums takes 2*64*64*32 = 262,144 operations and 8192 bytes a step, 32
 // operations for a byte, so 115 TFLOP/s are 3.6 TB/s out of the L2 cache.
 // Cost: operands still pass through registers, loaded again by every warp that needs them.
-// Measured, forward, 32768 rows: 112 us, a third of block's 342.
+// Measured, forward, 32768 rows: 104 us, a third of block's 336.
 //
 // All three products are sum over r of A[m,r] B[r,n], and differ in what lies side by side:
 //               m         n    r             A                       B
@@ -791,8 +785,8 @@ enum {
 // Cost: 196,608 bytes before the first product: up to some 1000 rows a layer's time is mostly that.
 // So where all blocks fit, they are of 32 channels and fetch a quarter each, before the wait. Then
 // rows bind: their stages are of 64 channels, half as many lines for the copy engine.
-// Measured: 32768 rows forward 112 -> 23.2 us. At 131072 rows "residual" and "through GELU" move
-// 268 MB at 2.3 to 2.5 TB/s: device memory is their bound.
+// Measured: 32768 rows forward 104 -> 23.3 us. At 131072 rows forward and backward through GELU
+// move 201 and 268 MB at 2.4 and 2.6 TB/s: device memory is nearly their bound.
 //
 //   shared memory   | weights: chunk 0 (taps 0, 1, 2) | chunk 1 | ..  192 KB
 //                   | ring: stage 0 | stage 1 | .. 7 of 4.5 KB | barriers |
@@ -1132,7 +1126,8 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 // Few rows: the time is mostly dw's, read and written by as many blocks as there are tiles. A tile
 // of 64 channels o makes four times as many, in one slab or few. A single slab adds to dw itself:
 // no scratch, no second kernel. weight_plan below counts what is best.
-// Measured: one layer of 32768 rows, launched alone, 123 -> 40 us; in company as the head says.
+// Measured: one layer of 32768 rows 115 -> 31.8 us. In a step of 32x1024, two passes of 16384 rows,
+// all of them, linear layers and embedding included, 281 us and 94 for the second kernel.
 //
 //   shared memory   | stage 0 | stage 1 | .. 5 of 41 KB | barriers full, empty |
 //   a stage         | dy: PARTS x [64 rows x 64 o] | x: CHUNKS x [64 + (K-1)*dil rows x 64 c] |

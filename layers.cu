@@ -13,13 +13,11 @@
 // H100's 3 TB/s to read or write once. No kernel adds floats atomically: every sum over rows goes
 // through partial sums at places fixed by the shape, added in order: blocks end in any order, and
 // the bits of a sum of floats depend on it.
-// Measured there, each launched alone, which adds some 6 us that ./bench --only ladder leaves out,
-// naive -> tiled:
-//   embed          0.20 -> 0.021 ms    backward 2.06 -> 0.042 ms
-//   LayerNorm      0.24 -> 0.030 ms    backward 6.72 -> 0.058 ms
-//   cross-entropy  0.22 -> 0.027 ms    AdamW on 8.4 M parameters 0.58 -> 0.14 ms
-// and in bf16, half the bytes: embed 0.019, backward 0.039; LayerNorm 0.014, backward 0.035;
-// cross-entropy 0.020 ms.
+// Measured there, many calls in a row (./bench --only ladder), naive -> tiled, then in bf16, half
+// the bytes; us, 2026-11-22:
+//   embed          191 -> 13, 10    backward 2050 -> 34, 32 (40 as a product: see there)
+//   LayerNorm      233 -> 24,  9    backward 6750 -> 52, 29
+//   cross-entropy  218 -> 21, 14    AdamW on 8.4 M parameters 685 -> 132
 // Counts and times before a kernel in bf16 are those within a step of --preset shakespeare, by a
 // trace of all launches (CUPTI; from the end of the kernel before to the end of this one): 32768
 // rows of 256 channels, 16.8 MB an array (16384 rows: 8.4 MB). A large copy reaches 2.95 TB/s on
@@ -855,8 +853,9 @@ static void embed_forward_naive(act *x, const int *ids, const real *table, const
 // Bound before: one block normalised the table, a row to a thread, while all others waited.
 // Bytes: x written once. Neighbouring lanes: four neighbouring channels each, 512 bytes of the
 // table at a time, 256 of x in bf16.
-// Measured: float32 0.20 -> 0.021 ms; in bf16 14.3 us for 32768 rows, 2.5 times what the writing
-// takes. A row waits for its id, then for the table's row, then for two sums over the warp.
+// Measured: alone in float32 0.20 -> 0.021 ms; in a step in bf16 14.3 us for 32768 rows, 2.5 times
+// what the writing takes. A row waits for its id, then for the table's row, then for two sums over
+// the warp.
 template <bool VEC, typename T>
 __global__ void embed_rows_tiled(T *x, const int *ids, const float *table, const float *gain,
                                  const float *bias, size_t N, int C) {
@@ -872,6 +871,8 @@ __global__ void embed_rows_tiled(T *x, const int *ids, const float *table, const
 
 // registers: as in norm_rows_registers. Gain and bias, which draw_batch before us does not write,
 // come ahead of the wait; then ids, and four rows of the table at a time.
+// Bound before: a row's waits one after the other. Bytes: the same. Cost: 78 registers.
+// Measured: 32768 rows 9.6 us in bf16, 13.3 in float32; two calls in a step of 32x1024 22.8 -> 20.
 template <int ROWS, typename T>
 __global__ void embed_rows_registers(T *x, const int *ids, const float *table, const float *gain,
                                      const float *bias, size_t N, int C) {
@@ -1296,10 +1297,11 @@ static void draw_batch_each(int *ids, int *targets, Corpus corpus, const StepSta
 // of a kernel is the barrier over all of the GPU. (One cooperative kernel with barriers of its own:
 // 39.8 us against 22.7 for these three, 1.97 M parameters.)
 // Bytes a parameter: 4 to square; 16 read and 16 written to update, 8 more with ema, 2 for the copy
-// in bf16. Measured in a step with 1.65 M: squares 4.4 us, begin_step 2.9, update_four 14.7.
+// in bf16. Measured in a step of 1x128, 1.97 M (the same trace): squares 3.4 us, begin_step 2.5,
+// update_four 16.6.
 enum { NORM_SLAB = 8192 };
 
-// naive: one thread per slab, so neighbours are 16 KB apart; one thread for all slabs
+// naive: one thread per slab, so neighbours are 32 KB apart; one thread for all slabs
 __global__ void squares_naive(double *part, const float *x, size_t n) {
     size_t slab = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (slab * NORM_SLAB >= n) return;
@@ -1308,8 +1310,9 @@ __global__ void squares_naive(double *part, const float *x, size_t n) {
     for (size_t i = slab * NORM_SLAB; i < end; i++) sum += (double)x[i] * x[i];
     part[slab] = sum;
 }
-// tiled: one block of 1024 per slab, neighbours next to each other, four loads a thread that do not
-// wait for each other. 1.65 M parameters: 403 slabs, 6.6 MB, 4.4 us.
+// tiled: one block of 1024 per slab, neighbours next to each other, eight loads a thread that do
+// not wait for each other. 1.97 M parameters: 241 slabs, 7.9 MB: as many blocks as run at a time.
+// Tried and dropped: the block that ends last begins the step, 9.8 us for 6.4 in two kernels.
 __global__ void squares_tiled(double *part, const float *x, size_t n) {
     begin_dependent();
     double sum = 0;
@@ -1322,8 +1325,8 @@ __global__ void squares_tiled(double *part, const float *x, size_t n) {
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
 
-// One block of 1024 (tiled) or one thread (naive: blockDim.x is 1, and the loop is the CPU's). The
-// schedule, a cosine and two powers in double, takes one thread longer than all the rest: it is
+// One block of THREADS (tiled) or one thread (naive: blockDim.x is 1, and the loop is the CPU's).
+// The schedule, a cosine and two powers in double, takes one thread longer than all the rest: it is
 // worked out before the wait, while the kernel before still runs. What it reads, the step's number,
 // only this kernel writes.
 __global__ void begin_step(AdamWStep *a, StepState *state, const double *part, size_t slabs,
@@ -1352,8 +1355,9 @@ __global__ void update_one(float *p, float *g, float *m, float *v, float *ema, s
 // tiled: four, 16 bytes at a time; the last n % 4 one by one. Bytes: 8 arrays of n, 63 MB for the
 // paper's 1.97 M parameters. copy: the new parameters in bf16, NULL where nobody keeps one.
 // Neighbouring threads: neighbouring 16 bytes of every array. No sum crosses threads: no barrier.
-// Measured: 8.4 M parameters 0.58 -> 0.14 ms. 1.65 M in a step, 49.5 MB with the copy: 14.7 us,
-// 3.4 TB/s, more than memory gives: some of it must still lie in L2.
+// Measured: 8.4 M parameters 0.68 -> 0.13 ms. 1.97 M in a step, 67 MB with the copy: 16.6 us, 4.0
+// TB/s, more than memory gives: some of it must still lie in L2.
+// Tried and dropped: eight parameters a thread, and loads ahead of the wait: no gain.
 // Moments are read and written past all others there (evict first): nothing else needs them before
 // the next update, and 15.8 MB of the paper's would push out what does: parameters, gradients, the
 // copy. A step of 1x128 takes 97 us instead of 105.
