@@ -1,5 +1,5 @@
 # make            every program, with CUDA where nvcc is found       make test      all tests
-# make demo       train on the built-in corpus for a minute          make doctor    what was found
+# make demo       train on the built-in corpus for two or three minutes    make doctor    what was found
 # make shakespeare    fetch TinyShakespeare and train the recipe     make plot      loss curves
 # Override on the command line: CC=clang  NVCC=  (no CUDA)  ARCH=90a  OPENMP=  (one thread)
 

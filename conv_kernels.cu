@@ -19,14 +19,14 @@
 //
 // The count, for the paper's layer at B x T = 32 x 1024, C = O = 256, K = 3 (N = B*T = 32768):
 //   2*N*K*C*O = 12.9 GFLOP;   x, pre, out, weights once each = 101 MB.
-// The H100 measured here does 63 TFLOP/s of float32 multiply-adds and copies at 2.9 TB/s: 0.20 ms
+// The H100 measured here does 64 TFLOP/s of float32 multiply-adds and copies at 3 TB/s: 0.20 ms
 // against 0.03 ms, so arithmetic is the floor, and every rung is about keeping the multiply-adders
 // fed. Times below: that GPU, that layer with dil = 4, bias and GELU included, no dropout.
 //                    forward            to the input       to the weights
-//   naive       3.87 ms   3.3 TFLOP/s   25.7 ms   0.5      14.0 ms   0.9
-//   tile        1.50 ms   8.6           1.47 ms   8.7      2.95 ms   4.4
-//   block       0.342 ms  37.7          0.415 ms  31.1     0.316 ms  40.8
-//   cuBLAS on the bare product of that size: 43 to 46 TFLOP/s
+//   naive       3.86 ms   3.3 TFLOP/s   25.5 ms   0.5      14.1 ms   0.9
+//   tile        1.49 ms   8.6           1.47 ms   8.8      2.92 ms   4.4
+//   block       0.336 ms  38.3          0.410 ms  31.4     0.311 ms  41.4
+//   cuBLAS on the bare product of that size: 43 to 47 TFLOP/s
 #include "kernels.h"
 
 // What becomes of a finished sum, handed to every rung: fused here, the activations need no pass
@@ -94,7 +94,7 @@ static __device__ void finish_backward(const Finish<T> &f, float sum, size_t n, 
 // are read 128 bytes per warp and line, an input value is one address for the whole warp.
 // Cost: two loads for every multiply-add. Every input is fetched by O threads, every weight by N:
 // 2*4*N*K*C*O = 52 GB through the caches for 0.1 GB of data, so the load units are the bound.
-// Measured: 3.87 ms, 5 % of the multiply-adders' rate.
+// Measured: 3.86 ms, 5 % of the multiply-adders' rate.
 
 __global__ void forward_naive(const float *x, const float *w, Finish<float> f, ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -110,7 +110,7 @@ __global__ void forward_naive(const float *x, const float *w, Finish<float> f, C
 }
 
 // forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c]. Neighbouring threads have neighbouring c, so a
-// warp's weights lie O values apart: 32 lines for 32 values, and 25.7 ms. A row past the sequence's
+// warp's weights lie O values apart: 32 lines for 32 values, and 25.5 ms. A row past the sequence's
 // end belongs to the next one, or to nobody: the loop over k ends before it.
 __global__ void backward_input_naive(const float *dy, const float *w, Finish<float> f,
                                      ConvShape s) {
@@ -128,7 +128,7 @@ __global__ void backward_input_naive(const float *dy, const float *w, Finish<flo
 
 // forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c] + b[o]. One thread per weight walks all rows; the
 // last O threads sum the bias. Neighbouring threads have neighbouring o: dy is read in whole lines,
-// x at one address. 196,864 threads for C = O = 256, each with 32768 additions in a row: 14.0 ms.
+// x at one address. 196,864 threads for C = O = 256, each with 32768 additions in a row: 14.1 ms.
 __global__ void backward_weight_naive(float *dw, float *db, const float *x, const float *dy,
                                       ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, weights = (size_t)s.K * s.C * s.O;
@@ -206,7 +206,7 @@ static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvSh
 // Saved: 32 times fewer loads from the caches, 1.6 GB instead of 52.
 // Cost: two barriers per tile, and still two shared-memory loads for every multiply-add: shared
 // memory serves one warp's load per cycle where the SM could start four multiply-adds.
-// Measured: 3.87 -> 1.50 ms forward, 25.7 -> 1.47 ms to the input, whose tile is turned on the way.
+// Measured: 3.86 -> 1.49 ms forward, 25.5 -> 1.47 ms to the input, whose tile is turned on the way.
 // A source row outside the text is clamped to row t itself, which exists, and its value is zeroed:
 // no address outside the arrays is ever formed. Blocks (b, channel tile, time tile) as in the
 // paper, with b and the time tile folded into x because y and z end at 65535.
@@ -253,7 +253,7 @@ __global__ void conv_tile(const float *in, const float *w, Finish<float> f, Conv
 // dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o] for a tile of TILE c x TILE o; time is walked in steps
 // of TILE rows. The block of tap 0 and channel tile 0 also sums the rows of dy that it has loaded.
 // Neighbouring lanes bring neighbouring channels of a row, and read one value of x and 32 of dy.
-// 8 * 8 * 3 = 192 blocks for C = O = 256, each of which walks all 32768 rows: 14.0 -> 2.95 ms.
+// 8 * 8 * 3 = 192 blocks for C = O = 256, each of which walks all 32768 rows: 14.1 -> 2.92 ms.
 __global__ void weight_tile(float *dw, float *db, const float *x, const float *dy, ConvShape s) {
     __shared__ float x_tile[TILE][TILE], dy_tile[TILE][TILE];
     int tx = threadIdx.x, ty = threadIdx.y, k = blockIdx.z, N = s.B * s.T, back = k * s.dil;
@@ -326,14 +326,14 @@ static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvSha
 // 16 warps per SM leave a thread; and a small N fills few blocks of 128 x 128, so there are smaller
 // tiles for that. An output's sum runs over k, then c, in order, whatever the tile: its bits do not
 // depend on the choice.
-// Measured: 1.50 -> 0.342 ms forward, 1.47 -> 0.415 ms to the input: 60 % and 49 % of the rate.
+// Measured: 1.49 -> 0.336 ms forward, 1.47 -> 0.410 ms to the input: 60 % and 49 % of the rate.
 // Where the rest goes: 512 of 618 instructions of a step are multiply-adds; the finish takes some
 // 80 instructions a value, dropout included. Tried and dropped: turning the sums in shared memory
 // before the finish (forward, dropout on, 0.348 -> 0.414 ms); DEPTH 16 for the large tile (it
 // spills; weights 0.315 -> 0.369 ms).
 //
 // T is what x, dy and the weights are stored as. With bf16 the tiles in shared memory and the sums
-// stay float32 and half as many bytes move. Not faster (0.373, 0.389 and, to the weights, 0.369
+// stay float32 and half as many bytes move. Not faster (0.358, 0.382 and, to the weights, 0.364
 // ms), but right for any shape on any GPU: what the tensor backend runs where nothing better does.
 
 // Geometry of a tile of SIZE x SIZE outputs. A step covers DEPTH channels (or rows, for the weight
@@ -599,8 +599,8 @@ static void conv_backward_input_block(act *dx, act *pre, act *a, const act *dy, 
 // straight into shared memory. There are few outputs and many terms: K*C*O/128^2 = 12 blocks for
 // 132 SMs. So time is cut into slabs, every block sums one, and a second kernel adds the slabs in
 // order; no float atomics, the same bits every run. Cost: slabs * K*C*O values written and read
-// once, 17 MB that stay in the L2 cache, against 67 MB of operands. Measured: 2.95 -> 0.316 ms,
-// 64 % of the rate.
+// once, 17 MB that stay in the L2 cache, against 67 MB of operands. Measured: 2.92 -> 0.311 ms,
+// 65 % of the rate.
 
 typedef struct {
     int size, slabs, rows;  // tile, slabs of time, rows in each

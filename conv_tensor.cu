@@ -3,7 +3,8 @@
 // Two more rungs of the ladder that conv_kernels.cu begins (read that first, for the three products
 // and how a tap is only another row address; then kernels.h for bf16 and its weights):
 //   mma     sm_80 and up: any B, T, K, dil
-//   wgmma   Hopper (sm_90a): K <= 3, (K-1)*dil <= 192, weights that fit into shared memory
+//   wgmma   Hopper (sm_90a): K <= 3, (K-1)*dil <= 192, and shared memory for the weights and three
+//           stages: C = 256, K = 3 up to dil 56
 // Both want C and O in multiples of 8 and pointers in multiples of 16 bytes. Nothing is refused:
 // what a rung does not take it hands down, wgmma to mma, mma to conv_kernels.cu's block. Needs CUDA
 // 12 to build. The rungs are the last table of this file:
@@ -17,7 +18,9 @@
 //     to the weights, one layer  3.9    7.1   17 (192)   29 (221)  31.8 (406)  77.5 (665)
 //   mma, forward                20.5   21.4   28 (113)   63 (103)   104 (124)   380 (136)
 // For comparison: block in float32 takes 336 us for the forward of 32x1024; cuBLAS reaches 720 to
-// 780 TFLOP/s on 8192^3 in bf16, and 389 and 493 on the bare products of 32x1024 and 64x2048.
+// 796 TFLOP/s on 8192^3 in bf16, and 389 and 493 on the bare products of 32x1024 and 64x2048. (A
+// step makes the weight gradients of six layers at a time; one alone gets narrow tiles up to
+// 16x1024.)
 #include "kernels.h"
 
 #include <cuda.h>  // CUtensorMap; nothing of libcuda is linked
@@ -45,12 +48,16 @@
 // Eight channels of two rows that lie 8 apart at a time, which is where both rungs' matrix
 // instructions leave them: 16 bytes of bf16 each, and one draw of dropout for both.
 
+// (Elsewhere called the epilogue.)
+//   forward:   pre = sums + bias, or DROPPED      out = side + scale * gelu(pre)     side: res
+//   backward:  dx = sums, or dx + sums            out = scale * gelu(side)           side: pre
+//              pre = dx * scale * gelu'(side)
 typedef struct {
     bf16 *pre;          // forward: written      backward: becomes its own gradient, or NULL
-    bf16 *out;          // forward: or NULL      backward: a, or NULL
+    bf16 *out;          // forward: or NULL      backward: what the contract calls a, or NULL
     bf16 *dx;           // backward; or NULL
-    const bf16 *side;   // read beside the sums. forward: the residual;  backward: pre, else the dx
-                        // to add to;  NULL: nothing
+    const bf16 *side;   // read beside the sums. forward: the residual;  backward: pre, or without
+                        // it the dx to add to;  NULL: nothing
     const float *bias;  // forward; or NULL
     Dropout drop;       // forward: threshold 0 and scale 1 where nothing is dropped
                         // backward: the scale alone
@@ -259,7 +266,7 @@ static bool all_aligned(const ConvEnd *e, const void *x, const void *w) {
 // Idea: a warp multiplies 16 x 16 by 16 x 8 matrices of bf16 in one instruction, mma.sync. Copies
 // go from memory into shared memory without passing registers (cp.async), two steps ahead.
 // Count: a block of 64 x 64 sums takes 2*64*64*32 = 262,144 operations and 8192 bytes a step, 32
-// operations for a byte, so 115 TFLOP/s are 3.6 TB/s out of the L2 cache.
+// operations for a byte, so 124 TFLOP/s are 3.9 TB/s out of the L2 cache.
 // Cost: operands still pass through registers, loaded again by every warp that needs them.
 // Measured, forward, 32768 rows: 104 us, a third of block's 336.
 //
@@ -776,22 +783,24 @@ enum {
 // Count for C = O = 256, K = 3, a tile of 64 rows x 128 channels: 64*128*768*2 = 12.6 MFLOP, 3072
 // cycles of a multiprocessor's tensor cores. It needs 72 rows of 512 bytes and 196,608 bytes of
 // weights. These are the problem: fetched for every tile they would be 64 bytes a cycle, where L2
-// gives about 24.
+// gives some 30.
 // Idea: a block keeps the weights of its 128 output channels in shared memory for its whole life,
 // one block to a multiprocessor, and lets the rows pass by. They come through a ring of stages of
 // 32 channels; a tap is the same stage from another row on, so three taps cost one copy and a halo
 // of (K-1)*dil rows. Tensor cores read shared memory themselves.
 // Saved: L2 traffic falls to 12 bytes a cycle, and no operand passes a register.
 // Cost: 196,608 bytes before the first product: up to some 1000 rows a layer's time is mostly that.
-// So where all blocks fit, they are of 32 channels and fetch a quarter each, before the wait. Then
-// rows bind: their stages are of 64 channels, half as many lines for the copy engine.
+// So there are two tiles, a wide one of 128 channels and, where all its blocks run at a time, a
+// small one of 32: a quarter of the weights, all fetched while the kernel before still runs. That
+// leaves room for stages of 64 channels, the same bytes in half as many rows for the copy engine.
 // Measured: 32768 rows forward 104 -> 23.3 us. At 131072 rows forward and backward through GELU
 // move 201 and 268 MB at 2.4 and 2.6 TB/s: device memory is nearly their bound.
 //
-//   shared memory   | weights: chunk 0 (taps 0, 1, 2) | chunk 1 | ..  192 KB
-//                   | ring: stage 0 | stage 1 | .. 7 of 4.5 KB | barriers |
-//   a chunk         64 summed channels x TILE_O made, per tap; rows of 128 bytes, swizzled
-//   a stage         64 + (K-1)*dil rows x 32 channels (the small tile's: 64); rows of 64 bytes
+//   shared memory   | weights: chunk 0 (taps 0, 1, 2) | chunk 1 | ..  192 KB, small tile 48 KB
+//   (dil = 4)       | ring: stage 0 | stage 1 | .. 7 of 4.5 KB, small tile 16 of 9 KB | barriers |
+//   a chunk         64 summed channels x TILE_O made, per tap; rows of 128 bytes, swizzled (of the
+//                   small tile forward 64)
+//   a stage         64 + (K-1)*dil rows x 32 channels (of the small tile 64); rows of 64 bytes
 //                   (128), swizzled
 //   forward reads   [ halo = (K-1)*dil | 64 rows ]    tap k starts at row (K-1-k)*dil
 //   backward reads  [ 64 rows | halo = (K-1)*dil ]    tap k starts at row k*dil
@@ -828,7 +837,8 @@ enum {
 //
 // Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
 // that share copies of weights, 12.1 -> 13.5 and 15.1; two warpgroups for three, 23.9 -> 27.0;
-// several layers in one launch, at 128 rows 3.1 -> 4.6 a layer; reading side late, 29.2 -> 34.5;
+// several layers in one launch, at 128 rows 3.1 -> 4.6 a layer, at 16384 14.0 -> 14.1; reading side
+// late, 29.2 -> 34.5;
 // finishing all 128 columns at once, 14.1 -> 15.0.
 
 enum {
@@ -1119,7 +1129,7 @@ __global__ void __launch_bounds__(CONV_THREADS, 1)
 // copies between its products, because sums have all the registers.
 // Count, the tile of 3 x 64 x 256: 196,608 bytes of float32, three quarters of the registers. A
 // stage of 64 rows is 64*256*64*3*2 = 6.3 MFLOP, 1536 cycles of tensor cores, and 41 KB from L2,
-// 27 bytes a cycle: both nearly bind.
+// 27 bytes a cycle of some 30 that it gives: both nearly bind.
 // Cost: C = O = 256, K = 3 are only 4 such tiles, so rows are cut into slabs, each with blocks of
 // its own. Each writes its sums, 196,608 bytes a tile, and a second kernel reads and adds them.
 // So a launch takes up to MAX_WEIGHT_JOBS layers: more tiles need fewer slabs.
@@ -1593,8 +1603,8 @@ typedef struct {
 } WeightPlan;
 
 // Cycles of a launch: products or copies, whichever is slower, then the sums' way into dw. These
-// are estimates that rank plans. L2_RATE, bytes a cycle for a multiprocessor, is such that they
-// rank 5 to 64 slabs of 16384 and 32768 rows as an H100 does.
+// are estimates that rank plans. L2_RATE, bytes a cycle for a multiprocessor, is fitted so that
+// they rank 5 to 64 slabs of 16384 and 32768 rows as an H100 does.
 static double weight_cycles(const WeightPlan *p, size_t sums, size_t steps, size_t slabs) {
     enum { PRODUCTS = 2048, L2_RATE = 30, SECOND_KERNEL = 4000 };  // the first two: a cycle
     const size_t sms = (size_t)gpu()->sms, blocks = p->tiles * slabs;
@@ -1735,6 +1745,6 @@ const Kernel tensor_kernels[] = {
            "weights stay in shared memory"),
     KERNEL(bf16, conv_backward_weight, conv_backward_weight_mma, "", "mma.sync, slabs of time"),
     KERNEL(bf16, conv_backward_weight, conv_backward_weight_wgmma, "tensor",
-           "a warpgroup per tap, six layers at once"),
+           "a warpgroup per tap, several layers at once"),
 };
 const int n_tensor_kernels = sizeof tensor_kernels / sizeof *tensor_kernels;

@@ -1,8 +1,8 @@
 // kernels.h: what the GPU files offer the programs (first part, plain C), and what the .cu files
 // share among themselves (second part). Read model.h first.
 //
-// Built without CUDA every function here still exists and says so in one line, so that no program
-// needs an #ifdef: gpu_open fails, and there are no kernels.
+// Built without CUDA what train, bench and the tests call still exists and says so in one line, so
+// that no program needs an #ifdef: gpu_open fails, and there are no kernels.
 #ifndef KERNELS_H
 #define KERNELS_H
 
@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-// One row of the kernel table, which drives dispatch, --help, the tests, ./bench and the README.
+// One row of the kernel table, which drives dispatch, --help, the tests and ./bench.
 // A backend takes, for every entry of Backend, the LAST row of that entry that names it.
 // To try a kernel of one's own: write a launcher with the entry's signature, add one row
 //     KERNEL(float, conv_forward, my_launcher, "", "what it tries")
@@ -55,7 +55,8 @@ typedef struct {
 #if defined WITH_CUDA || defined __CUDACC__
 
 // Takes the first GPU. 0, or -1 with one line: no driver, no device, driver too old, a GPU that
-// this build has no code for. Every other function below calls it first; info may be NULL.
+// this build has no code for. info may be NULL. To be called, or gpu_backend, before anything else
+// that uses the GPU.
 int gpu_open(GpuInfo *info, Error *e);
 
 // "naive", "tiled" or "tensor"; NULL with the reason.
@@ -150,7 +151,7 @@ static inline double kernel_seconds(const Kernel *k, ConvShape s, double *flops,
 typedef __nv_bfloat16 bf16;
 
 // Everything runs on this stream, in order, but for branches (layers.cu), during which it names
-// theirs. Nothing but download, read_acts and error waits.
+// theirs. Of a Backend's functions download, read_acts, error and free wait.
 extern cudaStream_t gpu_stream;
 
 // Notes an error. The first one stays until Backend.error() has reported it.

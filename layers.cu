@@ -177,7 +177,8 @@ enum { THREADS = 256, WARPS = THREADS / 32 };
 
 // Launches that overlap (Hopper's programmatic dependent launch): the blocks of a kernel may take
 // free places as soon as all of the one before are running and past their own wait, and wait in
-// begin_dependent until it is done. That hides a launch, 1 to 2 us, of which a step has some 90.
+// begin_dependent until it is done. That hides a launch, 1 to 2 us, of which a step has 39 (1x128)
+// or some 90 (two passes).
 // sync_params is launched plainly. conv_tensor.cu says why a conv may fetch its weights early.
 #if CUDART_VERSION >= 12030
 #define LAUNCH(kernel, grid, block, ...)                             \
@@ -207,7 +208,8 @@ static cudaLaunchConfig_t dependent_launch(dim3 grid, dim3 block) {
 // In such a kernel, mostly first: nothing of the kernel before is read, and nothing at all written,
 // until it is done; only then may the next one's blocks come. In this order: once the next one's
 // blocks run, all before this kernel is done. So what was written two kernels back or earlier may
-// be read before the wait: conv_tensor.cu, segment_sums and begin_step build on that.
+// be read before the wait. conv_tensor.cu builds on that (weights, biases), and here
+// embed_rows_registers (gain, bias), segment_sums_tiled (ids) and begin_step (the step's number).
 static __device__ __forceinline__ void begin_dependent() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n griddepcontrol.launch_dependents;" ::: "memory");
@@ -314,9 +316,10 @@ static void gpu_free_recording(void *recording) {
     CHECK(cudaGraphExecDestroy((cudaGraphExec_t)recording));
 }
 
-// Branches: a second stream, which gpu_stream names while a branch is queued, so that every
-// launcher serves there, too. Events order the two; recorded into a graph they are edges. To leave
-// the main line costs nothing; a kernel that joins cannot be launched ahead, some 2 us.
+// Branches (forks, in CUDA's words): a second stream, which gpu_stream names while a branch is
+// queued, so that every launcher serves there, too. Events order the two; recorded into a graph
+// they are edges. To leave the main line costs nothing; a kernel that joins cannot be launched
+// ahead, some 2 us.
 static cudaStream_t other_stream;  // the one of the two that gpu_stream does not name
 enum { BRANCH_EVENTS = 64 };       // one taken again stands for a later branch, which is safe
 static cudaEvent_t branch_begin, branch_end[BRANCH_EVENTS];
@@ -370,7 +373,7 @@ static __device__ float2 row_moments(const float *x, int C) {
 }
 
 // naive: one thread per row, which reads it three times. Neighbouring threads are a row apart, 1 KB
-// with C = 256, so every load of a warp touches 32 lines of cache for 32 values: 0.24 ms.
+// with C = 256, so every load of a warp touches 32 lines of cache for 32 values: 0.23 ms.
 __global__ void norm_rows_naive(float *out, const float *x, const float *gain, const float *bias,
                                 size_t N, int C) {
     size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -520,7 +523,7 @@ static void norm_forward_tiled(act *out, const act *x, const real *gain, const r
 
 // naive: one thread per row notes the moments; one per column sums; one per row writes dx. In the
 // middle one neighbours read neighbouring columns, but there are only C threads for the whole GPU,
-// each with N dependent additions. All three: 6.72 ms.
+// each with N dependent additions. All three: 6.75 ms.
 __global__ void moments_naive(float2 *moments, const float *x, size_t N, int C) {
     size_t n = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (n < N) moments[n] = row_moments(x + n * C, C);
@@ -617,11 +620,11 @@ static size_t norm_blocks(size_t N) { return ceil_div(N, norm_rows(N)); }
 // tiled: a block takes up to NORM_ROWS rows. First a warp per row finds the row's four averages,
 // then a thread per column walks the rows, writes dx and sums the column; both read neighbours
 // together, and the second reading finds the rows in L1. Bytes: x, dout, dx once, 101 MB instead of
-// naive's 235 MB; a block's column sums go to part.
+// naive's 201 MB; a block's column sums go to part.
 // Bound before: C threads for N rows, and rows 1 KB apart. Cost: 48 rows of x and dout are 98 KB of
 // float32 that L1 has to keep between the readings, 49 KB of bf16; one barrier a block.
-// Measured: float32 6.72 -> 0.058 ms. In bf16 20.3 us for 16384 rows when dx was all that it wrote,
-// and 17.2 us for the pass over memory that then did what `pre` does here.
+// Measured: float32, alone, 6.72 -> 0.058 ms. In bf16 20.3 us for 16384 rows when dx was all that
+// it wrote, and 17.2 us for the pass over memory that then did what `pre` does here.
 enum { AT_ONCE = 8 };
 
 template <bool VEC, typename T>
@@ -923,7 +926,7 @@ static void embed_forward_tiled(act *x, const int *ids, const real *table, const
 
 // naive: a thread per (v,c) looks through all ids. Neighbours have the same v mostly: an id is one
 // address for the warp, a row of dx whole lines. But 257 * 256 threads look at 32768 ids each, for
-// 8.4 million values to be added: 2.06 ms.
+// 8.4 million values to be added: 2.05 ms.
 __global__ void segment_sums_naive(float *drows, const float *dx, const int *ids, size_t N,
                                    int C) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -958,7 +961,7 @@ static void embed_backward_naive(real *dtable, real *dgain, real *dbias, const a
 // (ballots would do for 32; a scan over the block does for all), then a thread per column adds the
 // listed rows. A common byte's rows are thus spread over the slabs, and the loads of the list are
 // independent. Bytes: dx once; ids once per v and slab, from L2; part (slabs, V+1, C).
-// Measured: float32 2.06 -> 0.042 ms on bytes drawn evenly; in bf16 50 us for 16384 rows of English
+// Measured: float32 2.05 -> 0.034 ms on bytes drawn evenly; in bf16 50 us for 16384 rows of English
 // text, whose commonest byte makes one list far longer than the others: see `product` below.
 // What dropped bytes add to the bias is added by the kernel that knows the whole sum: with one slab
 // this one, to which dbias is then given, else sum_slabs.
@@ -1178,7 +1181,7 @@ static __device__ float loss_tanh(float x, bf16 type) {
 // Bytes: logits read once and written once, 67 MB.
 // Bound before: three tanh a value and rows 1 KB apart. Now one tanh and one exp a value, and every
 // load and store of a warp is a whole row: neighbouring lanes, neighbouring 16 bytes of bf16.
-// Measured: float32 0.22 -> 0.027 ms; in bf16 13.9 us for 32768 rows, 33.6 MB, 2.4 TB/s.
+// Measured: float32 0.22 -> 0.021 ms; in bf16 13.9 us for 32768 rows, 33.6 MB, 2.4 TB/s.
 template <typename T>
 __global__ void cross_entropy_warp(float *losses, T *logits, const int *targets, float cap,
                                    float scale, size_t N) {

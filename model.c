@@ -157,10 +157,13 @@ static void *place(Arena *a, size_t bytes) {
     return p;
 }
 
-// Where backward makes again what the convs had read: for as many of the paper's units as wait for
-// their weight gradients at a time h, z and two more arrays do, taken in turn.
+// The paper's form does not keep what a unit's later convs read: backward makes it again into their
+// v->read, where it stays until their weight gradients have been made. Six jobs that wait are two
+// of the paper's units, four of whose convs need such an array: h and z, free by then, and two
+// more, in turn. Where one comes round too early (other dilations), paper_unit_backward runs the
+// jobs first. With branches each conv has its own.
 static void place_reads(Model *m, Arena *a, size_t bytes) {
-    enum { SHARED = 4 };
+    enum { SHARED = MAX_WEIGHT_JOBS * 2 / 3 };
     act *shared[SHARED] = {m->h, m->z};
     for (int i = 2; i < SHARED && !m->branches; i++) shared[i] = place(a, bytes);
     for (int l = m->L - 1, taken = 0; l >= 0; l--)
@@ -453,8 +456,9 @@ void model_forward(Model *m, bool train, uint64_t first) {
 
 // ---- The graph: backward, the same lines from the bottom up ------------------------------------
 
-// Branches, where the step has them: what only the optimizer waits for need not hold up the rest.
-// With few rows in a pass a GPU has room for both. Branch 0: all in order, nothing to wait for.
+// Branches, where the step has them: what only the optimizer waits for, weight gradients above
+// all, need not hold up the rest. With few rows in a pass a kernel leaves most of a GPU idle, and
+// there is room for both. Branch 0: all in order, nothing to wait for.
 static void begin_branch(const Model *m) {
     if (m->branches) m->backend->begin_branch();
 }

@@ -1,13 +1,17 @@
 // model.h: the whole vocabulary of fuzzytok.c. Read this first, then model.c (the graph and the
-// plain-C layers), then conv_kernels.cu and layers.cu (the same layers on a GPU), then train.c.
+// plain-C layers), train.c, and for the same layers on a GPU kernels.h, conv_kernels.cu, layers.cu
+// and conv_tensor.cu.
 //
 // The model turns raw bytes into next-byte predictions; there is no token vocabulary:
 //   bytes -> LayerNorm(Embedding) -> residual blocks of causal dilated convolutions
-//         -> LayerNorm -> Linear -> latents z -> Linear -> 256 logits
+//         -> LayerNorm = latents z -> the embedding, transposed -> 256 logits
+// or with a head of its own, as in the paper:
+//         -> LayerNorm -> Linear = latents z -> Linear -> 256 logits
 //
 // One alphabet, everywhere:
 //   B batch    T time (bytes)    N = B*T rows    C channels in    O channels out
-//   K taps     dil dilation      D latent width  V = 256 byte values   L conv layers   U blocks
+//   K taps     dil dilation      D latent width  V = 256 byte values
+//   L conv layers    U residual units
 //   d in front of a name is the gradient of the loss with respect to it: dx, dw
 // All arrays are row-major with the last letter contiguous: x (B,T,C) is x[(b*T + t)*C + c].
 #ifndef MODEL_H
@@ -305,8 +309,10 @@ SHARED_FN void adamw_update(const AdamWStep *a, bool decay, real *p, real grad, 
 // ---- The table of operations: one per device and kernel set ------------------------------------
 //
 // The graph in model.c is written once over this table. Contracts that hold for every entry:
-//   - parameter gradients are ADDED to (+=), activation gradients are WRITTEN (=); the one
-//     exception is the gradient of the residual stream, where `accumulate` says += ;
+//   - parameter gradients are ADDED to (+=). They are zero when a step begins: so they were
+//     allocated, and so optimize leaves them, without a pass over them for that alone;
+//   - activation gradients are WRITTEN (=); the one exception is the gradient of the residual
+//     stream, where `accumulate` says += ;
 //   - outputs do not alias inputs unless the entry says they may; in backward a pre is both: its
 //     gradient takes its place;
 //   - work is scratch memory of at least work_bytes(...) whose contents do not matter;
@@ -369,7 +375,7 @@ typedef struct Backend {
     //      dx     = g, or dx + g where `accumulate`
     //      a      = scale * gelu(pre)         what this layer had read, for its weight gradient
     //      pre    = dx * scale * gelu'(pre)   scale: the Dropout.scale with which pre was stored
-    //    pre, a, or dx without `accumulate`: NULL where not wanted; a needs pre.
+    //    Each of dx, pre and a may be NULL: not wanted. accumulate needs dx, a needs pre.
     void (*conv_backward_input)(act *dx, act *pre, act *a, const act *dy, const real *w,
                                 float scale, ConvShape s, bool accumulate, void *work);
     //      dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o],  db[o] += sum_t dy[t,o]     (db may be NULL)
@@ -400,10 +406,11 @@ typedef struct Backend {
     // NULL where there is no copy.
     void (*sync_params)(const real *params, size_t n);
 
-    // -- branches. What is queued between begin_branch and end_branch may run beside what is queued
-    //    after it, until join(what end_branch returned); it starts when all before it is done.
-    //    Branches run one after the other: to join one joins those before it. They need scratch of
-    //    their own. NULL where branch_rows is 0.
+    // -- branches: forks to a second queue (on a GPU a stream). What is queued between begin_branch
+    //    and end_branch starts when all before it is done, and runs beside what is queued after it,
+    //    until join(what end_branch returned). Until then nobody may write what it reads, nor read
+    //    what it writes; it needs scratch of its own. One queue serves all branches: to join one
+    //    joins those before it. NULL where branch_rows is 0.
     void (*begin_branch)(void);
     int (*end_branch)(void);
     void (*join)(int branch);
@@ -466,10 +473,10 @@ typedef struct {
     size_t weight, bias;
     int dil;
     int block, index;  // its name: blocks.<block>.conv.<index>
-    act *pre;          // (N,C) before GELU: all that backward needs of this layer, which turns it
-                       // into its gradient
-    act *read;         // (N,C) paper's form: where backward makes again what the conv had read,
-                       // unless that was a unit's x
+    act *pre;          // (N,C) before GELU: all that backward needs of this layer, and overwrites
+                       // with dpre
+    act *read;         // (N,C) paper's form: where backward makes again (recomputes) what the conv
+                       // had read, unless that was a unit's x
     Norm norm;         // pre-norm form only
 } Conv;
 
@@ -512,7 +519,7 @@ typedef struct {
 
     // One allocation per role, all in the backend's memory.
     real *params, *grads, *m, *v, *ema;  // ema NULL without --ema; grads, m, v only in training
-    void *activations;                   // all that follows lies inside
+    void *activations;                   // x to losses, and every conv's pre and read, lie inside
     act **x;  // (U+1) x (N,C): the residual stream before each unit; the pre-norm form's backward
               // puts what the conv had read in its place
     act *h, *z;                          // (N,max(C,D)) each: layer outputs on their way
@@ -533,8 +540,9 @@ typedef struct {
 } Model;
 
 // Plans and allocates; the Model must then stay where it is. B windows of T bytes are held at a
-// time; `training` NULL plans for inference only (no gradients, no optimizer, three arrays of
-// activations instead of two per layer, or with branches three).
+// time; `training` NULL plans for inference only: no gradients, no optimizer, and of activations
+// (N,C) three beside h and z. Training has U+1 of x and L of pre, four at most for what the paper's
+// form makes again, and with branches one for each conv, dh and dz.
 // Parameters are zero until model_init_params or a checkpoint fills them. On failure nothing is
 // left allocated. model_free takes a model in any state after model_open, also a zeroed one.
 int model_open(Model *m, const Backend *backend, const Config *config, int B, int T,
