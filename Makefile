@@ -1,5 +1,5 @@
 # make            every program, with CUDA where nvcc is found       make test      all tests
-# make demo       train on the built-in corpus for two or three minutes    make doctor    what was found
+# make demo       train on the built-in corpus for a minute or two   make doctor    what was found
 # make shakespeare    fetch TinyShakespeare and train the recipe     make plot      loss curves
 # Override on the command line: CC=clang  NVCC=  (no CUDA)  ARCH=90a  OPENMP=  (one thread)
 
@@ -116,7 +116,8 @@ data/tinyshakespeare.txt:
 	url=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt; \
 	sum=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed; \
 	if command -v curl >/dev/null; then curl -fsSL "$$url" -o $@.part; \
-	else wget -qO $@.part "$$url"; fi || { echo "$@: the download from $$url failed"; exit 1; }; \
+	else wget -qO $@.part "$$url"; fi || { echo "$@: the download from $$url failed; put the" \
+	"file there by hand, or try make demo, which needs no network"; exit 1; }; \
 	if command -v sha256sum >/dev/null; then got=$$(sha256sum < $@.part); \
 	else got=$$(shasum -a 256 < $@.part); fi; \
 	[ "$${got%% *}" = $$sum ] || { echo "$@: got SHA-256 $${got%% *}, expected $$sum"; exit 1; }; \

@@ -11,7 +11,8 @@
 //   make check-kernels            # every rung against the CPU, then timed, side by side
 //
 // Measured on an H100 80GB HBM3, 2026-11-22 (./bench --only ladder --batch B --seq T: many calls in
-// a row, the median); C = O = 256, K = 3, dil = 4. Microseconds, then TFLOP/s; runs differ by 3 %.
+// a row, the median); C = O = 256, K = 3, dil = 4. Microseconds, then TFLOP/s; two runs differed by
+// up to 3 %, at 1x128 by up to 8 %.
 //   B x T                      1x128 1x1024    16x512    16x1024     32x1024     64x2048
 //   wgmma forward, bias, GELU    2.4    3.8  7.5 (427) 12.0 (535)  23.3 (554)  85.4 (604)
 //     to the input, gelu'        2.5    3.7  8.6 (373) 13.9 (462)  27.6 (467) 104.4 (494)
@@ -837,9 +838,8 @@ enum {
 //
 // Tried and dropped (us, before and after, each pair at one shape): clusters of 2 and of 4 blocks
 // that share copies of weights, 12.1 -> 13.5 and 15.1; two warpgroups for three, 23.9 -> 27.0;
-// several layers in one launch, at 128 rows 3.1 -> 4.6 a layer, at 16384 14.0 -> 14.1; reading side
-// late, 29.2 -> 34.5;
-// finishing all 128 columns at once, 14.1 -> 15.0.
+// several layers in one launch, at 128 rows 3.1 -> 4.6 a layer, at 16384 13.1 to 14.2 -> 13.7 to
+// 14.3; reading side late, 29.2 -> 34.5; finishing all 128 columns at once, 14.1 -> 15.0.
 
 enum {
     CHUNK_C = 64,               // channels of a chunk of weights

@@ -1009,8 +1009,8 @@ __global__ void segment_sums_tiled(float *part, float *dbias, const T *dx, const
         }
         __syncthreads();  // the list is whole
         bool first = n0 == begin;
-        // Not before: ids are draw_batch's, many kernels ago, so the first list is made while the
-        // kernel before ends, whose dx follows.
+        // Only here: ids are draw_batch's, many kernels ago, so the first list could be made while
+        // the kernel before still ran. dx is that kernel's.
         if (first) begin_dependent();
         for (int c = tid; c < C && (first || total > 0); c += THREADS) {
             float sum = first ? 0 : to[c];  // mine: no one else touches it
@@ -1300,8 +1300,8 @@ static void draw_batch_each(int *ids, int *targets, Corpus corpus, const StepSta
 // of a kernel is the barrier over all of the GPU. (One cooperative kernel with barriers of its own:
 // 39.8 us against 22.7 for these three, 1.97 M parameters.)
 // Bytes a parameter: 4 to square; 16 read and 16 written to update, 8 more with ema, 2 for the copy
-// in bf16. Measured in a step of 1x128, 1.97 M (the same trace): squares 3.4 us, begin_step 2.5,
-// update_four 16.6.
+// in bf16. Measured in a step of 1x128, 1.97 M, by the same kind of trace: squares 3.4 us (slabs of
+// 4096 then), begin_step 2.5, update_four 16.6.
 enum { NORM_SLAB = 8192 };
 
 // naive: one thread per slab, so neighbours are 32 KB apart; one thread for all slabs

@@ -459,7 +459,7 @@ static void late_losses(StepState *state, const real *losses, size_t N, void *wo
     queue_late((Late){.what = LOSSES, .state = state, .losses = losses, .N = N, .work = work});
 }
 
-// The main line's, as one of its layers and its last call have it.
+// A layer of the main line, for a look at the scratch that it is given.
 static void lazy_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
                                const act *dout, const act *x, const real *gain, const real *bias,
                                float scale, size_t N, int C, bool accumulate, void *work) {
