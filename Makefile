@@ -1,12 +1,25 @@
-# make            every program, with CUDA where nvcc is found       make test      all tests
-# make demo       train on the built-in corpus for a minute or two   make doctor    what was found
-# make shakespeare    fetch TinyShakespeare and train the recipe     make plot      loss curves
+# What one types. The rest of this file finds out what the machine has and builds for that.
+# make                all programs                          make help          this list
+# make demo           train on the built-in corpus, about a minute, and print text
+# make shakespeare    fetch TinyShakespeare and train the recipe
+# make plot           loss curves: RUN=DIR; or tables of ./bench --tsv > FILE: BENCH=FILE
+# make doctor         what was found: compiler, OpenMP, nvcc, driver, GPU
+# make test           all tests; GPU tests are skipped, by name, where there is none
+# make mutate         breaks the code in many ways, one at a time: every one must be caught
+# make mutate-gpu     the same for the CUDA kernels, on a machine with a GPU
+# make asan           the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make try            the tests in a copy, as another compiler builds them: CC=clang OPENMP= NVCC=
+# make check-kernels  every GPU kernel against the CPU, and its time
+# make sanitize       the kernels under compute-sanitizer's four tools
+# make fuzz           libFuzzer on the checkpoint reader, FUZZ_SECONDS=60
+# make clean          removes what was built
 # Override on the command line: CC=clang  NVCC=  (no CUDA)  ARCH=90a  OPENMP=  (one thread)
 
 # ---- What this machine has. Every probe compiles or runs something; none trusts a name alone. ----
 
-try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && \
-	echo '$(1)')
+# Into a folder of its own: a linker may remove its output first, whatever that is.
+try = $(shell d=$$(mktemp -d) && echo 'int main(void) { return 0; }' | \
+	$(CC) $(1) -x c - -o $$d/probe 2>/dev/null && echo '$(1)'; rm -rf "$$d")
 OPENMP := $(or $(call try,-fopenmp),$(call try,-Xpreprocessor -fopenmp -lomp),$(call try,-fopenmp-simd))
 NATIVE := $(call try,-march=native)
 CONTRACT := $(call try,-ffp-contract=fast)
@@ -25,7 +38,8 @@ WARN := -Wall -Wextra -Wshadow
 # No -ffast-math: it removes the tests for NaN. -ffp-contract: a*b+c is one instruction. The two
 # -fno: nobody reads errno or floating-point traps, and loops with exp become vectors.
 CFLAGS ?= -O3 $(NATIVE)
-ALL_CFLAGS := -std=c11 $(CFLAGS) $(CONTRACT) -fno-math-errno -fno-trapping-math $(OPENMP) $(WARN) $(WERROR)
+ALL_CFLAGS := -std=c11 -I. $(CFLAGS) $(CONTRACT) -fno-math-errno -fno-trapping-math $(OPENMP) \
+	$(WARN) $(WERROR)
 ifeq ($(OPENMP),)
 ALL_CFLAGS += -Wno-unknown-pragmas
 endif
@@ -42,29 +56,36 @@ ifeq ($(ARCH),)
 GENCODE += -gencode=arch=compute_80,code=compute_80
 endif
 
+# Objects for the CPU alone lie in a folder of their own: neither build spoils the other.
+BUILD := $(if $(NVCC),build,build/cpu)
 CUDA_OBJECTS :=
 ifneq ($(NVCC),)
 ALL_CFLAGS += -DWITH_CUDA
-NVCC_FLAGS := -O3 $(GENCODE) -Xcompiler -Wall,-Wextra -DWITH_CUDA
-CUDA_OBJECTS := build/conv_kernels.o build/conv_tensor.o build/layers.o build/kernel_check.o
+NVCC_FLAGS := -O3 -I. $(GENCODE) -Xcompiler -Wall,-Wextra -DWITH_CUDA
+CUDA_SOURCES := conv_kernels.cu layers.cu $(wildcard fast/*.cu support/*.cu)
+CUDA_OBJECTS := $(CUDA_SOURCES:%=build/%.o) build/support/kernel_check.o
 CUDA_LIBS := $(shell $(NVCC) --dryrun x.cu 2>&1 | sed -n 's/^..*LIBRARIES=//p' | tr -d '"') \
 	-lcudart_static -ldl -lrt -lpthread -lstdc++
 endif
 
 # ---- Programs ----
 
-CORE := build/model.o build/checkpoint.o build/stream.o $(CUDA_OBJECTS)
-TESTS := test_gradcheck test_causality test_model test_sample test_kernels
+# The model and its CPU backends; then what the programs share; then the GPU.
+MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c support/units.c support/score.c \
+	support/stream.c $(wildcard mixers/*.c))
+CORE := $(MODEL) $(BUILD)/support/checkpoint.o $(BUILD)/support/output.o $(CUDA_OBJECTS)
+TESTS := test_gradcheck test_causality test_units test_model test_sample test_kernels
 PROGRAMS := train sample bench data/language
 
 all: $(PROGRAMS) $(TESTS)
 	@echo "built for: $(if $(NVCC),CPU and CUDA ($(strip $(GENCODE))),CPU; no nvcc found, so no CUDA)"
 
-# A change of compiler, flags or architecture rebuilds everything.
-build/flags: FORCE
-	@mkdir -p build
-	@echo '$(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)' | cmp -s - $@ || \
-	 echo '$(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)' > $@
+# A change of compiler, flags or architecture rebuilds everything; a program that was linked from
+# the other folder of objects is linked anew.
+FLAGS = $(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)
+$(BUILD)/flags build/linked: FORCE
+	@mkdir -p $(addprefix $(BUILD)/,fast support mixers tests data)
+	@echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
 FORCE:
 
 # bench alone compares with cuBLAS: it needs its library at run time, the others do not.
@@ -72,36 +93,46 @@ ifneq ($(NVCC),)
 CUBLAS := $(shell ls $(dir $(NVCC))../lib64/libcublas.so $(dir $(NVCC))../targets/*/lib/libcublas.so \
 	2>/dev/null | head -1)
 endif
-BENCH_CORE := $(if $(CUBLAS),$(subst build/layers.o,build/layers_cublas.o,$(CORE)),$(CORE))
+BENCH_CORE := $(if $(CUBLAS),$(subst support/timing.cu.o,support/timing_cublas.o,$(CORE)),$(CORE))
 
-HEADERS := model.h checkpoint.h stream.h cli.h kernels.h test.h data/language.h
-build/%.o: %.c $(HEADERS) build/flags
+HEADERS := model.h $(wildcard support/*.h support/*.cuh fast/*.h fast/*.cuh mixers/*.h tests/*.h \
+	data/*.h)
+$(BUILD)/%.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -c $< -o $@
-build/language.o: data/language.c $(HEADERS) build/flags
-	$(CC) $(ALL_CFLAGS) -c $< -o $@
-build/%.o: %.cu $(HEADERS) build/flags
+$(BUILD)/%.cu.o: %.cu $(HEADERS) $(BUILD)/flags
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
-build/layers_cublas.o: layers.cu $(HEADERS) build/flags
+$(BUILD)/support/timing_cublas.o: support/timing.cu $(HEADERS) $(BUILD)/flags
 	$(NVCC) $(NVCC_FLAGS) -DWITH_CUBLAS -c $< -o $@
-build/%_f64.o: %.c $(HEADERS) build/flags
+$(BUILD)/%_f64.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
 
-train: build/train.o build/language.o $(CORE)
-bench: build/bench.o $(BENCH_CORE)
-	$(CC) $(ALL_CFLAGS) $^ -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) $(CUDA_LIBS) $(LIBS)
-sample test_causality test_model test_sample test_kernels: %: build/%.o $(CORE)
-train sample test_causality test_model test_sample test_kernels:
-	$(CC) $(ALL_CFLAGS) $^ -o $@ $(CUDA_LIBS) $(LIBS)
-data/language: data/language.c data/language.h build/flags
+$(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64: build/linked
+train: $(BUILD)/train.o $(BUILD)/data/language.o $(CORE)
+bench: $(BUILD)/bench.o $(BENCH_CORE)
+	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
+	$(CUDA_LIBS) $(LIBS)
+sample test_causality: %: $(BUILD)/%.o $(CORE)
+test_units test_model test_sample test_kernels: %: $(BUILD)/tests/%.o $(CORE)
+test_units: test_units_f64
+train sample test_causality test_units test_model test_sample test_kernels:
+	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
+data/language: data/language.c data/language.h
 	$(CC) $(ALL_CFLAGS) -DLANGUAGE_MAIN $< -o $@ $(LIBS)
-test_gradcheck: build/test_gradcheck_f64.o build/model_f64.o test_gradcheck_f32
+# In double, for finite differences.
+test_gradcheck: $(BUILD)/test_gradcheck_f64.o $(MODEL:.o=_f64.o) test_gradcheck_f32
+test_units_f64: $(BUILD)/tests/test_units_f64.o $(MODEL:.o=_f64.o)
+test_gradcheck_f32: $(BUILD)/test_gradcheck.o $(MODEL)
+test_gradcheck test_units_f64 test_gradcheck_f32:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(LIBS)
-test_gradcheck_f32: build/test_gradcheck.o build/model.o
-	$(CC) $(ALL_CFLAGS) $^ -o $@ $(LIBS)
 
 # ---- Use ----
 
-demo: train sample
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+# Where there is no GPU the demo does not wait for CUDA code.
+demo:
+	$(if $(CAPABILITY),$(MAKE),$(MAKE) NVCC=) --no-print-directory -j2 train sample
 	./train --preset small --out out
 
 # The recipe on the text that it was sought on.
@@ -123,45 +154,11 @@ data/tinyshakespeare.txt:
 	[ "$${got%% *}" = $$sum ] || { echo "$@: got SHA-256 $${got%% *}, expected $$sum"; exit 1; }; \
 	mv $@.part $@
 
-# The loss curves of RUN (a folder) as RUN/loss.png: training as the mean of every n steps, at most
-# 150 points. LINE=1.4697 adds a level, LINE_TITLE names it. The first twentieth, where the loss
-# falls from 5.5, may lie above the picture.
+# The loss curves of RUN (a folder), or with BENCH every table of ./bench --tsv > bench.tsv.
 RUN ?= out
-comma := ,
-have_gnuplot = command -v gnuplot >/dev/null || { echo "make plot needs gnuplot: apt-get install \
-	gnuplot-nox (or brew install gnuplot); $(1) is plain text for any other plotter"; exit 1; }
-ifneq ($(BENCH),)
-# Every table in BENCH (of ./bench --tsv > bench.tsv) as a picture beside it. After the colon: the
-# columns to draw.
 plot:
-	@$(call have_gnuplot,$(BENCH))
-	@[ -f $(BENCH) ] || { echo "$(BENCH) is not there: ./bench --tsv > $(BENCH)"; exit 1; }
-	@for t in step:3:3 layers:3:3 stream:2:2 table1:2:4 memory:2:3 ladder:2:2; do \
-	name=$${t%%:*}; to=$${t##*:}; from=$${t#*:}; from=$${from%:*}; \
-	grep -q "^# $$name	" $(BENCH) || continue; \
-	awk -F '\t' -v t="# $$name" '/^#/ {if (NF > 1) on = $$1 == t; next} on' $(BENCH) >$(BENCH).one; \
-	gnuplot -e "set terminal pngcairo noenhanced size 900,540; \
-	set output '$(basename $(BENCH))-$$name.png'; \
-	set datafile separator '\t'; set title '$$name'; set logscale y; set grid y; set style fill solid; \
-	set style data histograms; set xtics rotate by -60; set key left autotitle columnhead; \
-	plot for [i=$$from:$$to] '$(BENCH).one' using i:xtic(1)" && \
-	echo "$(basename $(BENCH))-$$name.png"; done; rm -f $(BENCH).one
-else
-plot:
-	@$(call have_gnuplot,$(RUN)/log.tsv)
-	@[ -f $(RUN)/log.tsv ] || { echo "$(RUN)/log.tsv is not there: train first, or name RUN=DIR"; \
-	exit 1; }
-	@gnuplot -e "log = '$(RUN)/log.tsv'; set terminal pngcairo size 900,540; \
-	set output '$(RUN)/loss.png'; set xlabel 'step'; set ylabel 'nats per byte'; set grid; \
-	set datafile missing 'nan'; stats log using 1 nooutput; last = STATS_max; \
-	n = ceil(last / 150.0); top = 0; top(x) = (x > top ? (top = x) : top); \
-	stats log using (\$$1 > last / 20 ? top(\$$2) : 0) nooutput; \
-	stats log using (top(\$$3)) nooutput; set yrange [*:1.02 * top]; \
-	plot log using (n * floor((\$$1 - 1) / n) + n / 2.0):2 smooth unique with lines lw 2 \
-	title sprintf('training, mean of %d steps', n), log using 1:3 with linespoints lw 2 pt 7 \
-	title 'held out' $(if $(LINE),$(comma) $(LINE) with lines dt 2 title '$(LINE) $(LINE_TITLE)')"
-	@echo "$(RUN)/loss.png"
-endif
+	@$(if $(BENCH),support/plot.sh bench $(BENCH),support/plot.sh run $(RUN) \
+	$(if $(LINE),$(LINE) "$(LINE_TITLE)"))
 
 doctor:
 	@echo "compiler   $(CC): $$($(CC) --version | head -1)"
@@ -178,12 +175,12 @@ doctor:
 # ---- Tests ----
 
 test: $(TESTS) train sample data/language
-	./run_tests.sh
+	tests/run.sh
 
 # The same tests in a copy, so that the programs here stay as they are: with sanitizers, or as
 # another compiler builds them (make try CC=clang OPENMP= NVCC=).
-COPY = rm -rf build/$@ && mkdir -p build/$@/data && cp Makefile *.c *.h *.cu *.sh build/$@ && \
-	cp data/*.[ch] build/$@/data
+COPY = rm -rf build/$@ && mkdir -p build/$@ && \
+	cp -r Makefile *.c *.h *.cu data fast mixers support tests build/$@
 asan:
 	$(COPY)
 	$(MAKE) -C build/$@ NVCC= CFLAGS='-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all' test
@@ -192,25 +189,29 @@ try:
 	$(MAKE) -C build/$@ test
 
 mutate:
-	./mutate.sh
+	tests/mutate.sh
+mutate-gpu:
+	tests/mutate.sh --gpu
 
-# On a machine with a GPU: every kernel against the CPU, then timed beside the others.
 check-kernels: test_kernels
 	./test_kernels --time
-# The same at small shapes under each tool of compute-sanitizer.
 sanitize: test_kernels
 	for tool in memcheck racecheck initcheck synccheck; do echo "== $$tool"; \
 	compute-sanitizer --tool $$tool --error-exitcode 1 ./test_kernels --small || exit 1; done
 
-# libFuzzer on the checkpoint reader, a minute by default. Needs clang and its runtime.
+# libFuzzer on the checkpoint reader. Needs clang and its runtime.
 FUZZ_SECONDS ?= 60
 fuzz: train
 	@mkdir -p build/corpus
-	./train --device cpu --channels 4 --blocks 1 --steps 1 --batch 1 --seq 64 --sample-bytes 0 \
+	./train --device cpu --channels 4 --units conv --steps 1 --batch 1 --seq 64 --sample-bytes 0 \
 	--out build/seed 2>/dev/null
 	cp build/seed/*.safetensors build/corpus
-	clang -g -O1 -std=c11 -DFUZZ -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas \
-	checkpoint.c model.c -lm -o fuzz_checkpoint
+	clang -g -O1 -std=c11 -I. -DFUZZ -fsanitize=fuzzer,address,undefined -Wno-unknown-pragmas \
+	support/checkpoint.c support/output.c $(MODEL:$(BUILD)/%.o=%.c) -lm -o fuzz_checkpoint
 	./fuzz_checkpoint -max_total_time=$(FUZZ_SECONDS) -max_len=65536 build/corpus
 
-.PHONY: all demo shakespeare plot doctor test asan try mutate check-kernels sanitize fuzz FORCE
+clean:
+	rm -rf build $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64 fuzz_checkpoint
+
+.PHONY: all help demo shakespeare plot doctor test asan try mutate mutate-gpu check-kernels sanitize \
+	fuzz clean FORCE

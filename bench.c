@@ -9,8 +9,9 @@
 #include <omp.h>
 #endif
 
-#include "cli.h"
-#include "stream.h"
+#include "support/arithmetic.h"
+#include "support/options.h"
+#include "support/stream.h"
 
 typedef struct {
     int device;
@@ -24,7 +25,7 @@ static Options opt = {.seconds = 1};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 static Option table[] = {
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
-    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "the GPU kernels"),
+    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "who computes"),
     TEXT("only", NOT_SAVED, &opt.only, "LIST", "tables by name, commas between"),
     INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step, layers, ladder; 0 = usual"),
     INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step, layers, ladder; 0 = usual"),
@@ -36,6 +37,7 @@ enum { N_OPTIONS = sizeof table / sizeof *table };
 
 static Cli cli = {"bench", "usage: ./bench [options]", "", table, N_OPTIONS, NULL, 0};
 static const Backend *backend;
+static bool on_cpu(void) { return backend == &cpu_backend || backend == &plain_backend; }
 
 // ---- Printing and timing -----------------------------------------------------------------------
 
@@ -139,8 +141,8 @@ static void queued_steps(void *m) {
 
 // Median seconds of a step. Slow kernels are timed step by step: they must not take minutes.
 static double step_seconds(Model *m, double *spread) {
-    if (m->backend == &cpu_backend) return median_seconds(one_step, m, spread);
-    one_step(m);  // loads the kernels, records the step
+    if (m->backend->capture == NULL) return median_seconds(one_step, m, spread);
+    one_step(m);  // loads the kernels, captures the step
     double t0 = now();
     one_step(m);
     if (now() - t0 > 0.05) return median_seconds(one_step, m, spread);
@@ -169,7 +171,7 @@ static void step_row(const Backend *be, int B, int T) {
 
 // The whole training step, and that its cost is linear in the bytes.
 static void step_table(void) {
-    bool cpu = backend == &cpu_backend;
+    bool cpu = on_cpu();
     title("step", "a training step of the paper's configuration (forward, backward, AdamW)");
     row(6, (const char *[]){"batch x seq", "ms", "bytes/s", "GFLOP/s", "MB", "spread"});
     if (opt.batch || opt.seq) {
@@ -180,143 +182,41 @@ static void step_table(void) {
     for (int i = 0; i < 3; i++) step_row(backend, cpu ? 16 : 32, T[i]);
 }
 
-// ---- Where a step's time goes, on the CPU: a backend that times every call and passes it on -----
+// ---- Where a step's time goes, on the CPU: by operation, with the count of every call ------------
 
-enum { BATCH, EMBED_F, NORM_F, CONV_F, LOSS, SUM, NORM_B, CONV_BI, CONV_BW, EMBED_B, OPTIM,
-       N_TIMED };
-static const char *const timed_names[N_TIMED] = {
-    "draw_batch", "embed_forward", "norm_forward", "conv_forward", "cross_entropy",
-    "add_losses", "norm_backward", "conv_backward_input", "conv_backward_weight", "embed_backward",
-    "optimize"};
-static struct {
-    double seconds, flops, bytes;  // operations; bytes that must move, every operand once
-    int calls;
-} timed[N_TIMED];
-
-// Counts and times one call.
-#define TIMED(entry, operations, moved, call)  \
-    do {                                       \
-        double t0 = now();                     \
-        call;                                  \
-        timed[entry].seconds += now() - t0;    \
-        timed[entry].flops += (operations);    \
-        timed[entry].bytes += (moved);         \
-        timed[entry].calls++;                  \
-    } while (0)
-
-static double conv_flops(ConvShape s) { return 2.0 * s.B * s.T * s.C * s.O * s.K; }
-// One array of activations (N,C).
-static double array_bytes(size_t N, int C) { return (double)(N * backend->act_bytes) * C; }
-static double weight_bytes(ConvShape s) { return (double)sizeof(real) * s.K * s.C * s.O; }
-
-static void t_embed_forward(act *x, const int *ids, const real *table_, const real *gain,
-                            const real *bias, size_t N, int C, void *work) {
-    TIMED(EMBED_F, 0, array_bytes(N, C) + 4.0 * (double)N,
-          backend->embed_forward(x, ids, table_, gain, bias, N, C, work));
-}
-static void t_embed_backward(real *dtable, real *dgain, real *dbias, const act *dx, const int *ids,
-                             const real *table_, const real *gain, size_t N, int C, void *work) {
-    TIMED(EMBED_B, 0, array_bytes(N, C) + 4.0 * (double)N,
-          backend->embed_backward(dtable, dgain, dbias, dx, ids, table_, gain, N, C, work));
-}
-static void t_norm_forward(act *out, const act *x, const real *gain, const real *bias, size_t N,
-                           int C) {
-    TIMED(NORM_F, 0, 2 * array_bytes(N, C), backend->norm_forward(out, x, gain, bias, N, C));
-}
-static void t_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
-                            const act *dout, const act *x, const real *gain, const real *bias,
-                            float scale, size_t N, int C, bool accumulate, void *work) {
-    int arrays = 3 + accumulate + (again != NULL) + 2 * (pre != NULL);  // dout, x, dx and the rest
-    TIMED(NORM_B, 0, arrays * array_bytes(N, C),
-          backend->norm_backward(dx, dgain, dbias, again, pre, dout, x, gain, bias, scale, N, C,
-                                 accumulate, work));
-}
-static void t_conv_forward(act *out, act *pre, const act *x, const real *w, const real *b,
-                           const act *res, Dropout drop, ConvShape s, void *work) {
-    size_t N = (size_t)s.B * s.T;
-    int made = 1 + (out != NULL) + (res != NULL);  // arrays of O channels
-    double moved = array_bytes(N, s.C) + made * array_bytes(N, s.O) + weight_bytes(s);
-    TIMED(CONV_F, conv_flops(s), moved,
-          backend->conv_forward(out, pre, x, w, b, res, drop, s, work));
-}
-static void t_conv_backward_input(act *dx, act *pre, act *a, const act *dy, const real *w,
-                                  float scale, ConvShape s, bool accumulate, void *work) {
-    size_t N = (size_t)s.B * s.T;
-    int made = (dx != NULL) + accumulate + 2 * (pre != NULL) + (a != NULL);  // arrays of C channels
-    double moved = array_bytes(N, s.O) + made * array_bytes(N, s.C) + weight_bytes(s);
-    TIMED(CONV_BI, conv_flops(s), moved,
-          backend->conv_backward_input(dx, pre, a, dy, w, scale, s, accumulate, work));
-}
-static void t_conv_backward_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
-    size_t N = (size_t)s.B * s.T;
-    double moved = array_bytes(N, s.C) + array_bytes(N, s.O) + 8.0 * s.K * s.C * s.O;
-    TIMED(CONV_BW, n * conv_flops(s), n * moved, backend->conv_backward_weight(jobs, n, s, work));
-}
-static void t_cross_entropy(real *losses, act *logits, const int *targets, float cap, float scale,
-                            size_t N) {
-    TIMED(LOSS, 0, 2 * array_bytes(N, V),
-          backend->cross_entropy(losses, logits, targets, cap, scale, N));
-}
-static void t_add_losses(StepState *state, const real *losses, size_t N, void *work) {
-    TIMED(SUM, 0, 4.0 * (double)N, backend->add_losses(state, losses, N, work));
-}
-static void t_draw_batch(int *ids, int *targets, Corpus corpus, const StepState *state,
-                         uint64_t seed, uint32_t threshold, uint64_t first, int B, int T) {
-    TIMED(BATCH, 0, 9.0 * B * T,  // a byte of text makes an id and a target
-          backend->draw_batch(ids, targets, corpus, state, seed, threshold, first, B, T));
-}
-static void t_optimize(real *params, real *grads, real *m, real *v, real *ema, size_t n,
-                       size_t n_decay, StepState *state, double loss_scale, Hyper h, void *work) {
-    TIMED(OPTIM, 0, (ema ? 40.0 : 32.0) * (double)n,  // g, p, m, v and ema twice
-          backend->optimize(params, grads, m, v, ema, n, n_decay, state, loss_scale, h, work));
-}
-
-static void operation_rows(int steps) {
+static void operation_rows(KernelTime *k, int n, int steps) {
     double total = 0;
-    for (int i = 0; i < N_TIMED; i++) total += timed[i].seconds;
+    for (int i = 0; i < n; i++) total += k[i].seconds;
     row(6, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s", "GB/s"});
-    for (int i = 0; i < N_TIMED; i++) {
+    for (int i = 0; i < n; i++) {
         char c[5][32];
-        double s = timed[i].seconds;
-        if (!timed[i].calls) continue;
-        row(6, (const char *[]){timed_names[i],
-                                number(c[0], "%.0f", (double)timed[i].calls / steps),
+        double s = k[i].seconds;
+        row(6, (const char *[]){k[i].name, number(c[0], "%.0f", (double)k[i].launches / steps),
                                 number(c[1], "%.3f", s / steps * 1e3),
                                 number(c[2], "%.1f%%", 100 * s / total),
-                                timed[i].flops > 0 ? number(c[3], "%.1f", timed[i].flops / s / 1e9)
-                                                   : "-",
-                                number(c[4], "%.1f", timed[i].bytes / s / 1e9)});
+                                k[i].flops > 0 ? number(c[3], "%.1f", k[i].flops / s / 1e9) : "-",
+                                number(c[4], "%.1f", k[i].bytes / s / 1e9)});
     }
     char ms[32];
     row(3, (const char *[]){"all", "", number(ms, "%.3f", total / steps * 1e3)});
 }
 
+static void queue_step(void *m) { model_train_step(m); }
+
 static void step_by_operation(int B, int T) {
-    Backend b = *backend;
-    b.embed_forward = t_embed_forward;
-    b.embed_backward = t_embed_backward;
-    b.norm_forward = t_norm_forward;
-    b.norm_backward = t_norm_backward;
-    b.conv_forward = t_conv_forward;
-    b.conv_backward_input = t_conv_backward_input;
-    b.conv_backward_weight = t_conv_backward_weight;
-    b.cross_entropy = t_cross_entropy;
-    b.add_losses = t_add_losses;
-    b.draw_batch = t_draw_batch;
-    b.optimize = t_optimize;
+    static KernelTime rows[MOST_KERNEL_TIMES];
     Model m;
     Error e;
-    if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
+    if (open_model(&m, backend, B, T, &e)) die(&cli, &e);
     model_train_step(&m);  // warm-up
-    memset(timed, 0, sizeof timed);
-    int steps = 0;
+    int n = 0, steps = 0;
     for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
-        model_train_step(&m);
+        n = cpu_trace(queue_step, &m, rows, n);
     model_free(&m);
     char what[96];
     snprintf(what, sizeof what, "a step of %dx%d by operation", B, T);
     title("layers", what);
-    operation_rows(steps);
+    operation_rows(rows, n, steps);
 }
 
 // ---- The same on a GPU, by kernel: the count of every launch stands beside it -------------------
@@ -360,7 +260,7 @@ static void kernel_rows(KernelTime *k, int n, int steps, double step) {
     KernelTime all = {.name = "all, one after the other"};
     double least = 0;
     Limit limit = measure_limit();
-    printf("# launches one at a time; in a recorded step they overlap, and it takes less\n");
+    printf("# launches one at a time; in a captured step they overlap, and it takes less\n");
     row(7, (const char *[]){"kernel", "launches", "us", "share", "TFLOP/s", "GB/s",
                             "of the limit"});
     for (int i = 0; i < n; i++) {
@@ -377,18 +277,16 @@ static void kernel_rows(KernelTime *k, int n, int steps, double step) {
     for (int i = 0; i < n; i++) kernel_row(&k[i], all.seconds, least_seconds(&k[i], limit));
     kernel_row(&all, all.seconds, least);
     KernelTime real_step = all;
-    real_step.name = "a step, recorded";
+    real_step.name = "a step, captured";
     real_step.seconds = step;
     kernel_row(&real_step, all.seconds, least);
 }
 
-static void queue_step(void *m) { model_train_step(m); }
-
 static void step_by_kernel(int B, int T) {
     static KernelTime rows[MOST_KERNEL_TIMES];
     Backend b = *backend;
-    b.record = NULL;    // launch by launch: a trace does not see into a recording
-    b.branch_rows = 0;  // and has one clock
+    b.capture = NULL;  // launch by launch: a trace does not see into a graph
+    b.side_rows = 0;   // and has one clock
     Model m;
     Error e;
     char what[96];
@@ -407,7 +305,7 @@ static void step_by_kernel(int B, int T) {
 }
 
 static void layers_table(void) {
-    bool cpu = backend == &cpu_backend;
+    bool cpu = on_cpu();
     int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32;
     int T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
     (cpu ? step_by_operation : step_by_kernel)(B, T);
@@ -585,7 +483,7 @@ static void ladder_table(void) {
            "cuBLAS' %.0f on 8192^3. cuBLAS on this bare product: %.1f in float32, %.1f in bf16\n",
            in_float.bytes / 1e9, in_float.flops / 1e12, in_bf16.flops / 1e12, gemm / 1e12,
            gemm_bf16 / 1e12);
-    printf("# calls in a row, recorded, so without the host's launches; conv_forward with bias and "
+    printf("# calls in a row, captured, so without the host's launches; conv_forward with bias and "
            "GELU, without residual and dropout\n");
     row(5, (const char *[]){"kernel", "us", "TFLOP/s", "GB/s", "of the limit"});
     for (int i = 0; i < n; i++) {
@@ -618,7 +516,7 @@ enum { N_TABLES = sizeof tables / sizeof *tables };
 // Whether table i is in the list of --only, or of the device's own.
 static bool wanted(int i) {
     const char *name = tables[i].name;
-    if (!opt.only) return backend == &cpu_backend ? tables[i].cpu : tables[i].gpu;
+    if (!opt.only) return on_cpu() ? tables[i].cpu : tables[i].gpu;
     size_t n = strlen(name);
     for (const char *p = opt.only; p; p = strchr(p, ',')) {
         if (*p == ',') p++;
@@ -654,7 +552,7 @@ int main(int argc, char **argv) {
     printf("# %s backend, %d threads\n", backend->name, most_threads());
     for (int i = 0; i < N_TABLES; i++)
         if (wanted(i)) {
-            if (!tables[i].cpu && backend == &cpu_backend)
+            if (!tables[i].cpu && on_cpu())
                 usage_error(&cli, "--only %s needs a GPU%s", tables[i].name, "");
             tables[i].print();
             printed++;

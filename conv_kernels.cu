@@ -1,19 +1,22 @@
-// conv_kernels.cu: the causal dilated convolution on a GPU, from the CPU's loop to register tiles.
+// conv_kernels.cu: the causal dilated convolution on a GPU, from the plain loops to register tiles.
 //
-// Three operations, three rungs each, all with the signature of their Backend entry in model.h:
-// any B, T, C, O, K, dil. Read first: model.h (the contracts), then model.c's conv (the reference).
-// Refuses nothing; sizes are the caller's to check. The rungs are the last table of this file; run
+// Three operations (forward, backward to the input, backward to the weights) on three rungs of a
+// ladder: naive, tile, block. All have the signature of their entry in Backend and take any B, T,
+// C, O, K, dil. Read first: model.h (the letters), support/backend.h (the contracts), and layers.c:
+// the naive kernels are its plain_conv_forward, plain_conv_backward_input and
+// plain_conv_backward_weight with a thread per output. Sizes are the caller's to check. The
+// rungs on tensor cores are in fast/. The rungs of this file are the table at its end; run
 //   make check-kernels            # every rung against the CPU, then timed, side by side
 //
-//   forward looks back:    pre[t] = b + sum_k x[t - k*dil] w[k]         zero where t - k*dil < 0
+//   forward looks back:    sum[t] = b + sum_k x[t - k*dil] w[k]         zero where t - k*dil < 0
 //   backward looks ahead:  dx[t]  =     sum_k dy[t + k*dil] w[k]^T      zero where t + k*dil >= T
 //
 //     dil = 4, K = 3        x   o-------o-------o            dy  o-------o-------o
 //                                        \   \   \               /   /   /
-//                         pre                    t           dx  t
+//                        sum                    t           dx  t
 //                 a tile reads [ halo (K-1)*dil | TILE ]         [ TILE | halo (K-1)*dil ]
 //
-// Both are matrix products over K*C (or K*O) terms whose left operand is x (or dy) moved by whole
+// Both are matrix products over K*C (or K*O) terms, whose left operand is x (or dy) moved by whole
 // rows: a tap costs no copy, only another row address. The weight gradient is the third product,
 // summed over time:  dw[k] = sum_t x[t - k*dil]^T dy[t].
 //
@@ -27,108 +30,115 @@
 //   tile        1.49 ms   8.6           1.47 ms   8.8      2.92 ms   4.4
 //   block       0.336 ms  38.3          0.410 ms  31.4     0.311 ms  41.4
 //   cuBLAS on the bare product of that size: 43 to 47 TFLOP/s
-#include "kernels.h"
-
-// What becomes of a finished sum, handed to every rung: fused here, the activations need no pass
-// over memory of their own. T: what activations are stored as, float or bf16.
-template <typename T>
-struct Finish {
-    T *out;          // forward: the layer's output, or NULL
-    T *dx;           // backward: the sums' place, or NULL
-    T *pre;          // forward: written      backward: becomes its own gradient, or NULL
-    T *a;            // backward: the activation made again, or NULL
-    const float *b;  // forward: bias or NULL
-    const T *res;    // forward: residual or NULL
-    Dropout drop;    // backward: its scale alone
-    int width;        // of a row of all of these
-    bool accumulate;  // backward: dx += sum
-};
-
-// How many arrays of its width that moves: backward pre is read and written, as dx where it adds.
-template <typename T>
-static int finish_arrays(const Finish<T> &f, bool ahead) {
-    return (f.out != NULL) + (f.res != NULL) + (f.dx != NULL) + f.accumulate + (f.a != NULL) +
-           (f.pre != NULL) * (ahead ? 2 : 1);
-}
-// A launch's bytes: x and what becomes of the sums, or dy and that.
-template <typename T>
-static double forward_bytes(const Finish<T> &f, ConvShape s) {
-    return conv_bytes(s, sizeof(T), 1, finish_arrays(f, false));
-}
-template <typename T>
-static double backward_bytes(const Finish<T> &f, ConvShape s) {
-    return conv_bytes(s, sizeof(T), finish_arrays(f, true), 1);
-}
-
-// Row n, channel o:  pre = b + sum, or DROPPED;  out = res + scale * gelu(pre), of pre as it is
-// stored: what backward will read.
-template <typename T>
-static __device__ void finish_forward(const Finish<T> &f, float sum, size_t n, int o) {
-    size_t i = n * f.width + o;
-    bool dropped = f.drop.threshold &&
-                   dropout_takes(f.drop, dropout_word(f.drop, n, o, f.width), o % 4);
-    // Rounded as it is stored first, so that backward differentiates what forward computed.
-    T stored = (T)(dropped ? DROPPED : sum + (f.b ? f.b[o] : 0));
-    f.pre[i] = stored;
-    if (!f.out) return;
-    float a = dropped ? 0 : f.drop.scale * gelu(stored);
-    f.out[i] = (T)(f.res ? (float)f.res[i] + a : a);
-}
-
-// forward:  a = scale * gelu(pre)      dpre = da * scale * gelu'(pre), and a once more
-template <typename T>
-static __device__ void finish_backward(const Finish<T> &f, float sum, size_t n, int c) {
-    size_t i = n * f.width + c;
-    if (f.accumulate) sum += (float)f.dx[i];
-    if (f.dx) f.dx[i] = (T)sum;
-    if (!f.pre) return;
-    float a, slope;
-    gelu_and_grad(f.pre[i], &a, &slope);
-    if (f.a) f.a[i] = (T)(f.drop.scale * a);
-    f.pre[i] = (T)(sum * f.drop.scale * slope);
-}
-
-// ---- Rung 1: naive
 //
-// The CPU's loop, one thread per output. Neighbouring threads have neighbouring channels: weights
-// are read 128 bytes per warp and line, an input value is one address for the whole warp.
+// Words of CUDA: a kernel is launched as a grid of blocks of threads. A block runs on one of the
+// GPU's multiprocessors (SMs). Its threads share fast memory there (__shared__) and can wait for
+// one another (__syncthreads). 32 threads with neighbouring threadIdx.x are a warp: they run the
+// same instruction at the same time. Where they read 32 neighbouring float32, memory moves one line
+// of 128 bytes instead of 32 lines.
+#include "support/device.cuh"
+
+// ---- The epilogue: what a kernel does with its sums ---------------------------------------------
+//
+// Every rung ends in these functions, so the activations need no pass over memory of their own. T:
+// what activations are stored as, float or bf16. `width`: channels of a row of all arrays in e.
+
+// Row n, channel o:  pre = sum + b, or what dropout leaves;  out = residual + scale * f(pre)
+template <typename T>
+static __device__ void epilogue_forward(const Epilogue &e, const float *b, float sum, size_t n,
+                                        int o, int width) {
+    size_t i = n * width + o;
+    bool dropped = e.drop.threshold != 0 &&
+                   dropout_takes(e.drop, dropout_word(e.drop, n, o, width), o % 4);
+    // Rounded as it is stored first, so that backward differentiates what forward computed.
+    T stored = (T)(dropped ? act_dropped(e.activation) : sum + (b ? b[o] : 0));
+    if (e.pre) ((T *)e.pre)[i] = stored;
+    if (!e.out) return;
+    float y = dropped ? 0 : e.drop.scale * act_value(e.activation, stored);
+    ((T *)e.out)[i] = (T)(e.residual ? (float)((const T *)e.residual)[i] + y : y);
+}
+
+// forward, of the layer below:  x = residual + scale * f(pre)
+// The sum is dx, so by the chain rule dpre = dx * scale * f'(pre). out, scale * f(pre), is
+// recomputed for the layer's weight gradient.
+template <typename T>
+static __device__ void epilogue_backward(const Epilogue &e, float sum, size_t n, int c,
+                                         int width) {
+    size_t i = n * width + c;
+    T *dx = (T *)e.dx, *pre = (T *)e.pre, *out = (T *)e.out;
+    if (e.accumulate) sum += (float)dx[i];
+    if (dx) dx[i] = (T)sum;
+    if (!pre) return;
+    float value, slope;
+    value_and_slope(e.activation, pre[i], &value, &slope);
+    if (out) out[i] = (T)(e.drop.scale * value);
+    pre[i] = (T)(sum * e.drop.scale * slope);
+}
+
+// A forward epilogue as the kernels take it: scale is 1 where nothing is dropped. A plain linear
+// map becomes pre alone: its sums are stored, and nothing is computed from them.
+static Epilogue forward_epilogue(Epilogue e) {
+    if (e.drop.threshold != 0) return e;
+    e.drop.scale = 1;
+    if (e.activation == ACT_none && !e.residual && !e.pre) e.pre = e.out, e.out = NULL;
+    return e;
+}
+
+// A launch's bytes: x (or dy), the weights, and what the epilogue moves.
+static double forward_bytes(const Epilogue &e, ConvShape s, size_t size) {
+    return conv_bytes(s, size, 1, forward_arrays(e));
+}
+static double backward_bytes(const Epilogue &e, ConvShape s, size_t size) {
+    return conv_bytes(s, size, backward_arrays(e), 1);
+}
+
+// ---- Rung 1: naive ------------------------------------------------------------------------------
+//
+// The loops of layers.c, whose two outer ones, over rows n and channels o, have become threads: one
+// thread per output. Neighbouring threads have neighbouring channels o. So a warp reads 32
+// neighbouring weights, one line of 128 bytes, and one input value, the same for all its threads.
 // Cost: two loads for every multiply-add. Every input is fetched by O threads, every weight by N:
 // 2*4*N*K*C*O = 52 GB through the caches for 0.1 GB of data, so the load units are the bound.
 // Measured: 3.86 ms, 5 % of the multiply-adders' rate.
 
-__global__ void forward_naive(const float *x, const float *w, Finish<float> f, ConvShape s) {
+// plain_conv_forward (layers.c), but that b is added after the sum, in the epilogue.
+__global__ void forward_naive(const float *x, const float *w, const float *b, Epilogue e,
+                              ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)s.B * s.T * s.O) return;
-    int n = (int)(i / s.O), o = (int)(i % s.O), t = n % s.T;  // n: row of all B*T, t: its time
+    int n = (int)(i / s.O), o = (int)(i % s.O), t = n % s.T;  // n: row of all B*T;  t: its time
     float sum = 0;
     for (int k = 0; k < s.K && t - k * s.dil >= 0; k++) {
-        const float *x_s = x + (size_t)(n - k * s.dil) * s.C;  // x[b, t - k*dil, :]
+        const float *x_s = x + (size_t)(n - k * s.dil) * s.C;  // the row k*dil before row n
         const float *w_k = w + (size_t)k * s.C * s.O;
         for (int c = 0; c < s.C; c++) sum += x_s[c] * w_k[(size_t)c * s.O + o];
     }
-    finish_forward(f, sum, n, o);
+    epilogue_forward<float>(e, b, sum, n, o, s.O);
 }
 
-// forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c]. Neighbouring threads have neighbouring c, so a
-// warp's weights lie O values apart: 32 lines for 32 values, and 25.5 ms. A row past the sequence's
-// end belongs to the next one, or to nobody: the loop over k ends before it.
-__global__ void backward_input_naive(const float *dy, const float *w, Finish<float> f,
-                                     ConvShape s) {
+// plain_conv_backward_input (layers.c): x[s,c] went into sum[t,o] of every later t = s + k*dil.
+// forward:  sum[t,o] += x[t - k*dil, c] * w[k,c,o]
+// Neighbouring threads have neighbouring c, so a warp's weights lie O values apart: 32 lines for 32
+// values, and 25.5 ms. A row past the sequence's end belongs to the next sequence, or to nobody:
+// the loop over k ends before it.
+__global__ void backward_input_naive(const float *dy, const float *w, Epilogue e, ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)s.B * s.T * s.C) return;
     int n = (int)(i / s.C), c = (int)(i % s.C), t = n % s.T;
     float sum = 0;
     for (int k = 0; k < s.K && t + k * s.dil < s.T; k++) {
-        const float *dy_t = dy + (size_t)(n + k * s.dil) * s.O;  // dy[b, t + k*dil, :]
+        const float *dy_t = dy + (size_t)(n + k * s.dil) * s.O;  // the row k*dil after row n
         const float *w_kc = w + ((size_t)k * s.C + c) * s.O;
         for (int o = 0; o < s.O; o++) sum += dy_t[o] * w_kc[o];
     }
-    finish_backward(f, sum, n, c);
+    epilogue_backward<float>(e, sum, n, c, s.C);
 }
 
-// forward:  pre[t,o] += w[k,c,o] x[t - k*dil, c] + b[o]. One thread per weight walks all rows; the
-// last O threads sum the bias. Neighbouring threads have neighbouring o: dy is read in whole lines,
-// x at one address. 196,864 threads for C = O = 256, each with 32768 additions in a row: 14.1 ms.
+// plain_conv_backward_weight (layers.c), one layer, a thread per weight:
+// forward:  sum[t,o] += x[t - k*dil, c] * w[k,c,o],   sum[t,o] += b[o]
+// Each thread walks all rows; the last O threads compute the bias' gradient. Neighbouring threads
+// have neighbouring o: dy is read in whole lines, x at one address. C = O = 256 make 196,864
+// threads, each with 32768 additions in a row: 14.1 ms.
 __global__ void backward_weight_naive(float *dw, float *db, const float *x, const float *dy,
                                       ConvShape s) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, weights = (size_t)s.K * s.C * s.O;
@@ -146,44 +156,22 @@ __global__ void backward_weight_naive(float *dw, float *db, const float *x, cons
     dw[i] += sum;
 }
 
-// Without `out` nothing is dropped; where nothing is dropped, the scale is 1.
-template <typename T = float>
-static Finish<T> forward_finish(act *out, act *pre, const real *b, const act *res, Dropout drop,
-                                ConvShape s) {
-    if (!out) drop.threshold = 0;
-    if (drop.threshold == 0) drop.scale = 1;
-    Finish<T> f = {(T *)out, NULL, (T *)pre, NULL, b, (const T *)res, drop, s.O, false};
-    return f;
-}
-template <typename T = float>
-static Finish<T> backward_finish(act *dx, act *pre, act *a, float scale, ConvShape s,
-                                 bool accumulate) {
-    Dropout drop = Dropout();
-    drop.scale = scale;
-    Finish<T> f = {NULL, (T *)dx, (T *)pre, (T *)a, NULL, NULL, drop, s.C, accumulate};
-    return f;
-}
-
-enum { THREADS = 256 };
-
-static void conv_forward_naive(act *out, act *pre, const act *x, const real *w, const real *b,
-                               const act *res, Dropout drop, ConvShape s, void *work) {
+static void conv_forward_naive(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
+                               void *work) {
     (void)work;
     size_t n = (size_t)s.B * s.T * s.O;
-    const Finish<float> f = forward_finish(out, pre, b, res, drop, s);
-    forward_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>((const float *)x, w,
-                                                                              f, s);
-    LAUNCHED("forward_naive", conv_flops(s), forward_bytes(f, s));
+    e = forward_epilogue(e);
+    forward_naive<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>((const float *)x, w, b, e, s);
+    LAUNCHED("forward_naive", conv_flops(s), forward_bytes(e, s, sizeof(float)));
 }
 
-static void conv_backward_input_naive(act *dx, act *pre, act *a, const act *dy, const real *w,
-                                      float scale, ConvShape s, bool accumulate, void *work) {
+static void conv_backward_input_naive(const act *dy, const real *w, Epilogue e, ConvShape s,
+                                      void *work) {
     (void)work;
     size_t n = (size_t)s.B * s.T * s.C;
-    const Finish<float> f = backward_finish(dx, pre, a, scale, s, accumulate);
-    backward_input_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
-        (const float *)dy, w, f, s);
-    LAUNCHED("backward_input_naive", conv_flops(s), backward_bytes(f, s));
+    backward_input_naive<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>((const float *)dy, w,
+                                                                             e, s);
+    LAUNCHED("backward_input_naive", conv_flops(s), backward_bytes(e, s, sizeof(float)));
 }
 
 static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvShape s,
@@ -192,13 +180,13 @@ static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvSh
     size_t n = (size_t)s.K * s.C * s.O + (size_t)s.O;
     for (const WeightJob *j = jobs; j < jobs + n_jobs; j++) {
         s.dil = j->dil;
-        backward_weight_naive<<<(unsigned)ceil_div(n, THREADS), THREADS, 0, gpu_stream>>>(
+        backward_weight_naive<<<blocks_for(n, THREADS), THREADS, 0, gpu_stream>>>(
             j->dw, j->db, (const float *)j->x, (const float *)j->dy, s);
         LAUNCHED("backward_weight_naive", conv_flops(s), weight_bytes(s, sizeof(float), 1));
     }
 }
 
-// ---- Rung 2: tile, the paper's 2D channel tiling
+// ---- Rung 2: tile, the paper's 2D channel tiling ------------------------------------------------
 //
 // Bound before: every operand of every multiply-add was fetched from the caches.
 // Idea: a block owns TILE times x TILE output channels. It brings TILE x TILE inputs and TILE x
@@ -206,29 +194,36 @@ static void conv_backward_weight_naive(const WeightJob *jobs, int n_jobs, ConvSh
 // Saved: 32 times fewer loads from the caches, 1.6 GB instead of 52.
 // Cost: two barriers per tile, and still two shared-memory loads for every multiply-add: shared
 // memory serves one warp's load per cycle where the SM could start four multiply-adds.
-// Measured: 3.86 -> 1.49 ms forward, 25.5 -> 1.47 ms to the input, whose tile is turned on the way.
-// A source row outside the text is clamped to row t itself, which exists, and its value is zeroed:
-// no address outside the arrays is ever formed. Blocks (b, channel tile, time tile) as in the
-// paper, with b and the time tile folded into x because y and z end at 65535.
+// Measured: 3.86 -> 1.49 ms forward, 25.5 -> 1.47 ms to the input, whose weight tile is
+// transposed on its way.
+// Where a tap's source row lies outside the sequence, row 0 of the sequence is addressed, which
+// exists, and zero is taken instead of its value: no address outside the arrays is ever formed.
+// A block's tile is (b, channel tile, time tile) as in the paper. b and the time tile share
+// blockIdx.x, because blockIdx.y and z end at 65535.
 
 enum { TILE = 32 };  // a warp's width: a row of a tile is one line of 128 bytes
 
-// AHEAD false: in = x, looks back, w_tile[c][o]. AHEAD true: in = dy, looks ahead, and the weight
-// tile is turned on its way in, w_tile[o][c]; the odd pitch spreads its columns over all banks.
+// AHEAD false: forward. in = x, looks back, w_tile[c][o].
+// AHEAD true: backward to the input. in = dy, looks ahead, and the weight tile is transposed as it
+// is written, w_tile[o][c]: neighbouring threads then write down a column. Shared memory has 32
+// banks, word i in bank i % 32, and serves one word of each at a time. Rows of TILE + 1 words put
+// the words of a column into 32 different banks.
 template <bool AHEAD>
-__global__ void conv_tile(const float *in, const float *w, Finish<float> f, ConvShape s) {
+__global__ void conv_tile(const float *in, const float *w, const float *bias, Epilogue e,
+                          ConvShape s) {
     __shared__ float in_tile[TILE][TILE], w_tile[TILE][TILE + 1];
     int in_width = AHEAD ? s.O : s.C, out_width = AHEAD ? s.C : s.O;
     int time_tiles = (s.T + TILE - 1) / TILE, b = blockIdx.x / time_tiles;
-    int t = blockIdx.x % time_tiles * TILE + threadIdx.y, j0 = blockIdx.y * TILE;
-    int tx = threadIdx.x, ty = threadIdx.y;
+    int t = blockIdx.x % time_tiles * TILE + threadIdx.y;  // this thread's output: row t of b,
+    int j0 = blockIdx.y * TILE;                            // channel j0 + tx
+    int tx = threadIdx.x, ty = threadIdx.y;                // a warp has one ty
     float sum = 0;
     for (int k = 0; k < s.K; k++) {
         int source = AHEAD ? t + k * s.dil : t - k * s.dil;
         bool inside = t < s.T && source >= 0 && source < s.T;
         const float *row = in + ((size_t)b * s.T + (inside ? source : 0)) * in_width;
         for (int i0 = 0; i0 < in_width; i0 += TILE) {
-            // A warp (one ty) brings 32 neighbouring values of one row, here and there.
+            // A warp reads 32 neighbouring values of one row, of `in` and of w.
             in_tile[ty][tx] = inside && i0 + tx < in_width ? row[i0 + tx] : 0;
             if (AHEAD) {
                 int c = j0 + ty, o = i0 + tx;
@@ -238,21 +233,22 @@ __global__ void conv_tile(const float *in, const float *w, Finish<float> f, Conv
                 w_tile[ty][tx] = c < s.C && o < s.O ? w[((size_t)k * s.C + c) * s.O + o] : 0;
             }
             __syncthreads();  // the tiles are whole before anyone reads them
-            // in_tile: one address for all of a warp. w_tile: 32 neighbours, 32 banks.
+            // A warp reads one value of in_tile, and of w_tile 32 neighbours, in 32 banks.
             for (int i = 0; i < TILE; i++) sum += in_tile[ty][i] * w_tile[i][tx];
             __syncthreads();  // everyone has read before the next tiles overwrite
         }
     }
     if (t >= s.T || j0 + tx >= out_width) return;
     if (AHEAD)
-        finish_backward(f, sum, (size_t)b * s.T + t, j0 + tx);
+        epilogue_backward<float>(e, sum, (size_t)b * s.T + t, j0 + tx, out_width);
     else
-        finish_forward(f, sum, (size_t)b * s.T + t, j0 + tx);
+        epilogue_forward<float>(e, bias, sum, (size_t)b * s.T + t, j0 + tx, out_width);
 }
 
 // dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o] for a tile of TILE c x TILE o; time is walked in steps
 // of TILE rows. The block of tap 0 and channel tile 0 also sums the rows of dy that it has loaded.
-// Neighbouring lanes bring neighbouring channels of a row, and read one value of x and 32 of dy.
+// Neighbouring threads load neighbouring channels of a row. A warp multiplies one value of x by 32
+// of dy.
 // 8 * 8 * 3 = 192 blocks for C = O = 256, each of which walks all 32768 rows: 14.1 -> 2.92 ms.
 __global__ void weight_tile(float *dw, float *db, const float *x, const float *dy, ConvShape s) {
     __shared__ float x_tile[TILE][TILE], dy_tile[TILE][TILE];
@@ -284,22 +280,21 @@ static dim3 tile_grid(ConvShape s, int width) {
     return dim3((unsigned)((size_t)s.B * ceil_div(s.T, TILE)), (unsigned)ceil_div(width, TILE));
 }
 
-static void conv_forward_tile(act *out, act *pre, const act *x, const real *w, const real *b,
-                              const act *res, Dropout drop, ConvShape s, void *work) {
+static void conv_forward_tile(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
+                              void *work) {
     (void)work;
-    const Finish<float> f = forward_finish(out, pre, b, res, drop, s);
-    conv_tile<false><<<tile_grid(s, s.O), dim3(TILE, TILE), 0, gpu_stream>>>((const float *)x, w, f,
-                                                                             s);
-    LAUNCHED("conv_tile forward", conv_flops(s), forward_bytes(f, s));
+    e = forward_epilogue(e);
+    conv_tile<false><<<tile_grid(s, s.O), dim3(TILE, TILE), 0, gpu_stream>>>((const float *)x, w, b,
+                                                                             e, s);
+    LAUNCHED("conv_tile forward", conv_flops(s), forward_bytes(e, s, sizeof(float)));
 }
 
-static void conv_backward_input_tile(act *dx, act *pre, act *a, const act *dy, const real *w,
-                                     float scale, ConvShape s, bool accumulate, void *work) {
+static void conv_backward_input_tile(const act *dy, const real *w, Epilogue e, ConvShape s,
+                                     void *work) {
     (void)work;
-    const Finish<float> f = backward_finish(dx, pre, a, scale, s, accumulate);
-    conv_tile<true><<<tile_grid(s, s.C), dim3(TILE, TILE), 0, gpu_stream>>>((const float *)dy, w, f,
-                                                                            s);
-    LAUNCHED("conv_tile backward", conv_flops(s), backward_bytes(f, s));
+    conv_tile<true><<<tile_grid(s, s.C), dim3(TILE, TILE), 0, gpu_stream>>>((const float *)dy, w,
+                                                                            NULL, e, s);
+    LAUNCHED("conv_tile backward", conv_flops(s), backward_bytes(e, s, sizeof(float)));
 }
 
 static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvShape s,
@@ -314,7 +309,7 @@ static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvSha
     }
 }
 
-// ---- Rung 3: block, a tile of outputs in the registers of every thread
+// ---- Rung 3: block, a tile of outputs in the registers of every thread --------------------------
 //
 // Bound before: two shared-memory loads for every multiply-add.
 // Idea: a thread owns R x R outputs. Per channel it loads R inputs and R weights and multiplies
@@ -327,14 +322,15 @@ static void conv_backward_weight_tile(const WeightJob *jobs, int n_jobs, ConvSha
 // tiles for that. An output's sum runs over k, then c, in order, whatever the tile: its bits do not
 // depend on the choice.
 // Measured: 1.49 -> 0.336 ms forward, 1.47 -> 0.410 ms to the input: 60 % and 49 % of the rate.
-// Where the rest goes: 512 of 618 instructions of a step are multiply-adds; the finish takes some
-// 80 instructions a value, dropout included. Tried and dropped: turning the sums in shared memory
-// before the finish (forward, dropout on, 0.348 -> 0.414 ms); DEPTH 16 for the large tile (it
-// spills; weights 0.315 -> 0.369 ms).
+// Where the rest goes: 512 of 618 instructions of a step are multiply-adds; the epilogue takes
+// some 80 instructions a value, dropout included. Tried and dropped: transposing the sums in shared
+// memory before the epilogue (forward, dropout on, 0.348 -> 0.414 ms); DEPTH 16 for the large tile
+// (it spills; weights 0.315 -> 0.369 ms).
 //
 // T is what x, dy and the weights are stored as. With bf16 the tiles in shared memory and the sums
 // stay float32 and half as many bytes move. Not faster (0.358, 0.382 and, to the weights, 0.364
-// ms), but right for any shape on any GPU: what the tensor backend runs where nothing better does.
+// ms), but right for any shape on any GPU: what the tensor backend runs where no rung
+// on tensor cores does.
 
 // Geometry of a tile of SIZE x SIZE outputs. A step covers DEPTH channels (or rows, for the weight
 // gradient), and each thread brings LOADS float4 of either operand.
@@ -350,7 +346,7 @@ struct Block {
         COUNT = SIDE * SIDE,  // threads
         DEPTH = SIZE == 128 ? 8 : SIZE == 64 ? 16 : 32,
         LOADS = SIZE * DEPTH / 4 / COUNT,
-        PITCH = SIZE + 4,  // keeps 16-byte alignment and halves the conflicts of turned stores
+        PITCH = SIZE + 4,  // keeps 16-byte alignment, halves bank conflicts of transposed stores
     };
     static_assert(LOADS * COUNT * 4 == SIZE * DEPTH, "each thread brings whole float4s");
     float a[2][DEPTH][PITCH], b[2][DEPTH][PITCH];
@@ -388,7 +384,7 @@ static __device__ void multiply_step(float (&sum)[Block<SIZE>::R][Block<SIZE>::R
 }
 
 // The two ways of a float4 into a tile [DEPTH][SIZE]. Straight: its four values are neighbours
-// along SIZE. Turned: they are neighbours along DEPTH.
+// along SIZE. Transposed: they are neighbours along DEPTH.
 template <int SIZE>
 static __device__ void put_straight(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>::PITCH], int l,
                                     float4 v) {
@@ -396,8 +392,8 @@ static __device__ void put_straight(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE
     *(float4 *)&tile[at / (SIZE / 4)][at % (SIZE / 4) * 4] = v;
 }
 template <int SIZE>
-static __device__ void put_turned(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>::PITCH], int l,
-                                  float4 v) {
+static __device__ void put_transposed(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>::PITCH], int l,
+                                      float4 v) {
     constexpr int ROW = Block<SIZE>::DEPTH / 4;
     int at = threadIdx.x + l * Block<SIZE>::COUNT, d = at % ROW * 4, j = at / ROW;
     tile[d][j] = v.x;
@@ -406,68 +402,102 @@ static __device__ void put_turned(float (&tile)[Block<SIZE>::DEPTH][Block<SIZE>:
     tile[d + 3][j] = v.w;
 }
 
-// As the activations would hold these values: GELU is of pre as backward will find it.
+// These values as they are stored: the activation is of pre as backward will find it.
 static __device__ float4 stored(float4 v, float) { return v; }
 static __device__ float4 stored(float4 v, bf16) {
     return make_float4((bf16)v.x, (bf16)v.y, (bf16)v.z, (bf16)v.w);
 }
 
-// Four neighbours of a row at once, where rows are whole groups of four. Neighbouring lanes have
-// neighbouring fours, eight of them to a row: 128 bytes of float32. One draw for all four.
-template <bool VEC, typename T>
-static __device__ void finish_forward4(const Finish<T> &f, float4 sum, size_t n, int o) {
-    if (!VEC) {
-        float v[4] = {sum.x, sum.y, sum.z, sum.w};
-        for (int j = 0; j < 4; j++)
-            if (o + j < f.width) finish_forward(f, v[j], n, o + j);
-        return;
-    }
-    if (o >= f.width) return;
-    size_t i = n * f.width + o;
-    float4 b = f.b ? four(f.b + o) : make_float4(0, 0, 0, 0);
-    float4 p = stored(make_float4(sum.x + b.x, sum.y + b.y, sum.z + b.z, sum.w + b.w), T());
-    float4 scale = make_float4(f.drop.scale, f.drop.scale, f.drop.scale, f.drop.scale);
-    if (f.drop.threshold) {
-        uint32_t word = dropout_word(f.drop, n, o, f.width);
-        if (dropout_takes(f.drop, word, 0)) p.x = DROPPED, scale.x = 0;
-        if (dropout_takes(f.drop, word, 1)) p.y = DROPPED, scale.y = 0;
-        if (dropout_takes(f.drop, word, 2)) p.z = DROPPED, scale.z = 0;
-        if (dropout_takes(f.drop, word, 3)) p.w = DROPPED, scale.w = 0;
-    }
-    put_four(f.pre + i, p);
-    if (!f.out) return;
-    float4 r = f.res ? four(f.res + i) : make_float4(0, 0, 0, 0);
-    put_four(f.out + i, make_float4(r.x + scale.x * gelu(p.x), r.y + scale.y * gelu(p.y),
-                                    r.z + scale.z * gelu(p.z), r.w + scale.w * gelu(p.w)));
+// The epilogue for four neighbours of a row at once, where rows are whole groups of four: VEC. The
+// activation is asked for once for all four. Neighbouring lanes have neighbouring fours, eight of
+// them to a row: 128 bytes of float32. One draw of dropout decides about all four.
+template <Activation f, typename T>
+static __device__ void put_outputs4(T *out, float4 pre, float4 residual, float4 scale) {
+    put_four(out, make_float4(residual.x + scale.x * act_value(f, pre.x),
+                              residual.y + scale.y * act_value(f, pre.y),
+                              residual.z + scale.z * act_value(f, pre.z),
+                              residual.w + scale.w * act_value(f, pre.w)));
 }
-// pre's old value is read by the thread that overwrites it: no other needs it.
+#define OUTPUTS_CASE(name)                                          \
+    case ACT_##name:                                                \
+        put_outputs4<ACT_##name>((T *)e.out + i, p, residual, scale); \
+        break;
+
 template <bool VEC, typename T>
-static __device__ void finish_backward4(const Finish<T> &f, float4 sum, size_t n, int c) {
+static __device__ void epilogue_forward4(const Epilogue &e, const float *b, float4 sum, size_t n,
+                                         int o, int width) {
     if (!VEC) {
         float v[4] = {sum.x, sum.y, sum.z, sum.w};
         for (int j = 0; j < 4; j++)
-            if (c + j < f.width) finish_backward(f, v[j], n, c + j);
+            if (o + j < width) epilogue_forward<T>(e, b, v[j], n, o + j, width);
         return;
     }
-    if (c >= f.width) return;
-    size_t i = n * f.width + c;
-    float4 old = f.accumulate ? four(f.dx + i) : make_float4(0, 0, 0, 0);
+    if (o >= width) return;
+    size_t i = n * width + o;
+    float4 bias = b ? four(b + o) : make_float4(0, 0, 0, 0);
+    float4 p = stored(make_float4(sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w),
+                      T());
+    float4 scale = make_float4(e.drop.scale, e.drop.scale, e.drop.scale, e.drop.scale);
+    if (e.drop.threshold) {
+        uint32_t word = dropout_word(e.drop, n, o, width);
+        float dropped = act_dropped(e.activation);
+        if (dropout_takes(e.drop, word, 0)) p.x = dropped, scale.x = 0;
+        if (dropout_takes(e.drop, word, 1)) p.y = dropped, scale.y = 0;
+        if (dropout_takes(e.drop, word, 2)) p.z = dropped, scale.z = 0;
+        if (dropout_takes(e.drop, word, 3)) p.w = dropped, scale.w = 0;
+    }
+    if (e.pre) put_four((T *)e.pre + i, p);
+    if (!e.out) return;
+    float4 residual = e.residual ? four((const T *)e.residual + i) : make_float4(0, 0, 0, 0);
+    switch (e.activation) {
+        ACTIVATIONS(OUTPUTS_CASE)
+    default: break;
+    }
+}
+
+// *pre becomes dpre. Its old value is read by the thread that overwrites it: no other needs it.
+template <Activation f, typename T>
+static __device__ void put_gradients4(T *out, T *pre, float4 dx, float scale) {
+    float4 p = four(pre), value, slope;
+    value_and_slope(f, p.x, &value.x, &slope.x);
+    value_and_slope(f, p.y, &value.y, &slope.y);
+    value_and_slope(f, p.z, &value.z, &slope.z);
+    value_and_slope(f, p.w, &value.w, &slope.w);
+    if (out)
+        put_four(out, make_float4(scale * value.x, scale * value.y, scale * value.z,
+                                  scale * value.w));
+    put_four(pre, make_float4(dx.x * scale * slope.x, dx.y * scale * slope.y,
+                              dx.z * scale * slope.z, dx.w * scale * slope.w));
+}
+#define GRADIENTS_CASE(name)                                                              \
+    case ACT_##name:                                                                      \
+        put_gradients4<ACT_##name>(e.out ? (T *)e.out + i : NULL, (T *)e.pre + i, sum,    \
+                                   e.drop.scale);                                         \
+        break;
+
+template <bool VEC, typename T>
+static __device__ void epilogue_backward4(const Epilogue &e, float4 sum, size_t n, int c,
+                                          int width) {
+    if (!VEC) {
+        float v[4] = {sum.x, sum.y, sum.z, sum.w};
+        for (int j = 0; j < 4; j++)
+            if (c + j < width) epilogue_backward<T>(e, v[j], n, c + j, width);
+        return;
+    }
+    if (c >= width) return;
+    size_t i = n * width + c;
+    float4 old = e.accumulate ? four((const T *)e.dx + i) : make_float4(0, 0, 0, 0);
     sum = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
-    if (f.dx) put_four(f.dx + i, sum);
-    if (!f.pre) return;
-    float4 p = four(f.pre + i), a, slope;
-    float scale = f.drop.scale;
-    gelu_and_grad(p.x, &a.x, &slope.x);
-    gelu_and_grad(p.y, &a.y, &slope.y);
-    gelu_and_grad(p.z, &a.z, &slope.z);
-    gelu_and_grad(p.w, &a.w, &slope.w);
-    if (f.a) put_four(f.a + i, make_float4(scale * a.x, scale * a.y, scale * a.z, scale * a.w));
-    put_four(f.pre + i, make_float4(sum.x * scale * slope.x, sum.y * scale * slope.y,
-                                    sum.z * scale * slope.z, sum.w * scale * slope.w));
+    if (e.dx) put_four((T *)e.dx + i, sum);
+    if (!e.pre) return;
+    switch (e.activation) {
+        ACTIVATIONS(GRADIENTS_CASE)
+    default: break;
+    }
 }
 
 // One step's share of the operands: tap k, input channels i0..i0+DEPTH-1, rows n0.., outputs j0..
-// A source row outside the text is never addressed: its values are zeros.
+// A source row outside the sequence is never addressed: its values are zeros.
 template <int SIZE, bool AHEAD, bool VEC, typename T>
 static __device__ void fetch_step(float4 *a, float4 *b, const T *in, const T *w,
                                   const ConvShape &s, int n0, int j0, int k, int i0) {
@@ -497,12 +527,13 @@ static __device__ void fetch_step(float4 *a, float4 *b, const T *in, const T *w,
 // Two blocks of 256 threads to a multiprocessor: up to 128 of its 65,536 registers for each thread.
 template <int SIZE, bool AHEAD, bool VEC, typename T>
 __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
-    conv_block(const T *in, const T *w, Finish<T> f, ConvShape s, int across) {
+    conv_block(const T *in, const T *w, const float *bias, Epilogue e, ConvShape s, int across) {
     typedef Block<SIZE> G;
     __shared__ __align__(16) Block<SIZE> tile;
     // Blocks that share rows of `in` are neighbours, so that the second finds them in the L2 cache.
     int n0 = blockIdx.x / across * SIZE, j0 = blockIdx.x % across * SIZE;
-    int in_width = AHEAD ? s.O : s.C, steps = s.K * ((in_width + G::DEPTH - 1) / G::DEPTH);
+    int in_width = AHEAD ? s.O : s.C, out_width = AHEAD ? s.C : s.O;
+    int steps = s.K * ((in_width + G::DEPTH - 1) / G::DEPTH);
     int row, column, k = 0, i0 = 0;
     my_corner<SIZE>(&row, &column);
     float sum[G::R][G::R] = {};
@@ -512,9 +543,9 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
         int now = step & 1;
 #pragma unroll
         for (int l = 0; l < G::LOADS; l++) {
-            put_turned<SIZE>(tile.a[now], l, a[l]);
+            put_transposed<SIZE>(tile.a[now], l, a[l]);
             if (AHEAD)
-                put_turned<SIZE>(tile.b[now], l, b[l]);
+                put_transposed<SIZE>(tile.b[now], l, b[l]);
             else
                 put_straight<SIZE>(tile.b[now], l, b[l]);
         }
@@ -537,9 +568,9 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
             float4 v = *(float4 *)&sum[i][4 * g];
             int j = j0 + column + g * 4 * G::SIDE;
             if (AHEAD)
-                finish_backward4<VEC>(f, v, n, j);
+                epilogue_backward4<VEC, T>(e, v, n, j, out_width);
             else
-                finish_forward4<VEC>(f, v, n, j);
+                epilogue_forward4<VEC, T>(e, bias, v, n, j, out_width);
         }
     }
 }
@@ -549,30 +580,31 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
 enum { BUSY = 132 };
 
 template <int SIZE, bool AHEAD, typename T>
-static void launch_block(const T *in, const T *w, const Finish<T> &f, ConvShape s, bool vec) {
-    int across = (int)ceil_div(f.width, SIZE);
+static void launch_block(const T *in, const T *w, const float *bias, const Epilogue &e, ConvShape s,
+                         bool vec) {
+    int across = (int)ceil_div(AHEAD ? s.C : s.O, SIZE);
     unsigned blocks = (unsigned)(ceil_div((size_t)s.B * s.T, SIZE) * across);
     if (vec)
         conv_block<SIZE, AHEAD, true>
-            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, f, s, across);
+            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, bias, e, s, across);
     else
         conv_block<SIZE, AHEAD, false>
-            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, f, s, across);
+            <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(in, w, bias, e, s, across);
     LAUNCHED(AHEAD ? "conv_block backward" : "conv_block forward", conv_flops(s),
-             AHEAD ? backward_bytes(f, s) : forward_bytes(f, s));
+             AHEAD ? backward_bytes(e, s, sizeof(T)) : forward_bytes(e, s, sizeof(T)));
 }
 
 template <bool AHEAD, typename T>
-static void pick_block(const T *in, const T *w, const Finish<T> &f, ConvShape s) {
-    size_t N = (size_t)s.B * s.T;
-    bool vec = s.C % 4 == 0 && s.O % 4 == 0 && aligned16(in) && aligned16(w) && aligned16(f.out) &&
-               aligned16(f.dx) && aligned16(f.pre) && aligned16(f.a) && aligned16(f.b) &&
-               aligned16(f.res);
+static void pick_block(const T *in, const T *w, const float *bias, const Epilogue &e,
+                       ConvShape s) {
+    size_t N = (size_t)s.B * s.T, width = AHEAD ? s.C : s.O;
+    bool vec = s.C % 4 == 0 && s.O % 4 == 0 && aligned16(in) && aligned16(w) && aligned16(bias) &&
+               aligned16(e.out) && aligned16(e.pre) && aligned16(e.dx) && aligned16(e.residual);
     // Large tiles where they reach three quarters of the multiprocessors: 6273 rows at C = 256.
-    if (ceil_div(N, 128) * ceil_div(f.width, 128) >= BUSY * 3 / 4)
-        launch_block<128, AHEAD>(in, w, f, s, vec);
+    if (ceil_div(N, 128) * ceil_div(width, 128) >= BUSY * 3 / 4)
+        launch_block<128, AHEAD>(in, w, bias, e, s, vec);
     else
-        launch_block<32, AHEAD>(in, w, f, s, vec);
+        launch_block<32, AHEAD>(in, w, bias, e, s, vec);
 }
 
 // The weights as the activations are stored.
@@ -582,28 +614,26 @@ static const bf16 *weights_for(bf16, const real *w, ConvShape s, void *work) {
 }
 
 template <typename T>
-static void conv_forward_block(act *out, act *pre, const act *x, const real *w, const real *b,
-                               const act *res, Dropout drop, ConvShape s, void *work) {
-    pick_block<false>((const T *)x, weights_for(T(), w, s, work),
-                      forward_finish<T>(out, pre, b, res, drop, s), s);
+static void conv_forward_block(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
+                               void *work) {
+    pick_block<false>((const T *)x, weights_for(T(), w, s, work), b, forward_epilogue(e), s);
 }
 
 template <typename T>
-static void conv_backward_input_block(act *dx, act *pre, act *a, const act *dy, const real *w,
-                                      float scale, ConvShape s, bool accumulate, void *work) {
-    pick_block<true>((const T *)dy, weights_for(T(), w, s, work),
-                     backward_finish<T>(dx, pre, a, scale, s, accumulate), s);
+static void conv_backward_input_block(const act *dy, const real *w, Epilogue e, ConvShape s,
+                                      void *work) {
+    pick_block<true>((const T *)dy, weights_for(T(), w, s, work), NULL, e, s);
 }
 
 // The weight gradient on the same tiles. Both operands lie with time as their rows, so both go
 // straight into shared memory. There are few outputs and many terms: K*C*O/128^2 = 12 blocks for
-// 132 SMs. So time is cut into slabs, every block sums one, and a second kernel adds the slabs in
-// order; no float atomics, the same bits every run. Cost: slabs * K*C*O values written and read
-// once, 17 MB that stay in the L2 cache, against 67 MB of operands. Measured: 2.92 -> 0.311 ms,
-// 65 % of the rate.
+// 132 SMs. So time is cut into splits (split-K), every block sums one of them, and a second
+// kernel adds the partial sums in order; no float atomics, the same bits every run. Cost:
+// splits * K*C*O values written and read once, 17 MB that stay in the L2 cache, against 67 MB of
+// operands. Measured: 2.92 -> 0.311 ms, 65 % of the rate.
 
 typedef struct {
-    int size, slabs, rows;  // tile, slabs of time, rows in each
+    int size, splits, rows;  // tile, splits of time, rows in each
 } WeightPlan;
 
 // Fixed by the shape alone, because the cut is part of the result's bits.
@@ -615,20 +645,20 @@ static WeightPlan weight_plan(ConvShape s) {
         tiles = (size_t)s.K * ceil_div(s.C, p.size) * ceil_div(s.O, p.size);
         if (p.size == 32 || tiles * most >= BUSY) break;  // the largest tile that keeps all busy
     }
-    size_t slabs = tiles < BLOCKS ? BLOCKS / tiles : 1;
-    if (slabs > most) slabs = most;
-    p.rows = (int)(ceil_div(ceil_div(N, slabs), 32) * 32);
-    p.slabs = (int)ceil_div(N, (size_t)p.rows);
+    size_t splits = tiles < BLOCKS ? BLOCKS / tiles : 1;
+    if (splits > most) splits = most;
+    p.rows = (int)(ceil_div(ceil_div(N, splits), 32) * 32);
+    p.splits = (int)ceil_div(N, (size_t)p.rows);
     return p;
 }
 
-// slabs * tiles <= 2*BUSY, so the partial sums of all slabs take at most 2*BUSY tiles, and where
-// one slab is enough, none.
+// splits * tiles <= 2*BUSY, so the partial sums of all splits take at most 2*BUSY tiles, and where
+// one split is enough, none.
 size_t conv_work_bytes(size_t N, int K, int width) {
-    size_t slabs = ceil_div(N, 256), w = (size_t)width, all = slabs * K * w * w;
+    size_t splits = ceil_div(N, 256), w = (size_t)width, all = splits * K * w * w;
     size_t tiles = (size_t)2 * BUSY * 128 * 128;
-    if (slabs > 2 * BUSY) slabs = 2 * BUSY;
-    return ((all < tiles ? all : tiles) + slabs * w) * sizeof(float);
+    if (splits > 2 * BUSY) splits = 2 * BUSY;
+    return ((all < tiles ? all : tiles) + splits * w) * sizeof(float);
 }
 
 // Rows n0..n0+DEPTH-1 of x, moved `back` rows back, and of dy. Neighbouring lanes: neighbouring
@@ -648,9 +678,9 @@ static __device__ void fetch_rows(float4 *a, float4 *b, const T *x, const T *dy,
     }
 }
 
-// sum over the block's threads of what each has of column j of dy: db, or a slab's part of it.
+// sum over the block's threads of what each has of column j of dy: db, or a split's part of it.
 template <int SIZE>
-static __device__ void finish_bias(float *db, bool add, float4 mine, float *shared, int o0, int O) {
+static __device__ void store_bias(float *db, bool add, float4 mine, float *shared, int o0, int O) {
     constexpr int ROWS = Block<SIZE>::COUNT / (SIZE / 4);
     static_assert(sizeof(Block<SIZE>) >= ROWS * SIZE * sizeof(float), "the sums fit");
     __syncthreads();  // the last tiles have been read before the sums overwrite them
@@ -663,7 +693,7 @@ static __device__ void finish_bias(float *db, bool add, float4 mine, float *shar
     }
 }
 
-// part (slabs, K*C*O + O) takes every slab's sums; with one slab dw and db are added to directly.
+// part (splits, K*C*O + O) takes every split's sums. One split alone adds to dw and db directly.
 template <int SIZE, bool VEC, typename T>
 __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
     weight_block(float *dw, float *db, float *part, const T *x, const T *dy, ConvShape s,
@@ -672,8 +702,8 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
     __shared__ __align__(16) Block<SIZE> tile;
     int across = (s.O + SIZE - 1) / SIZE, down = (s.C + SIZE - 1) / SIZE, at = blockIdx.x;
     int o0 = at % across * SIZE, c0 = at / across % down * SIZE;
-    int k = at / across / down % s.K, slab = at / across / down / s.K;
-    int n0 = slab * p.rows, N = s.B * s.T, n_end = n0 + p.rows < N ? n0 + p.rows : N;
+    int k = at / across / down % s.K, split = at / across / down / s.K;
+    int n0 = split * p.rows, N = s.B * s.T, n_end = n0 + p.rows < N ? n0 + p.rows : N;
     int row, column, now = 0;
     my_corner<SIZE>(&row, &column);
     float sum[G::R][G::R] = {};
@@ -694,8 +724,8 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
         multiply_step<SIZE>(sum, tile, now, row, column);
     }
     size_t weights = (size_t)s.K * s.C * s.O;
-    bool add = p.slabs == 1;
-    float *to_w = add ? dw : part + (size_t)slab * (weights + s.O);
+    bool add = p.splits == 1;
+    float *to_w = add ? dw : part + (size_t)split * (weights + s.O);
     float *to_b = add ? db : to_w + weights;
 #pragma unroll
     for (int i = 0; i < G::R; i++) {
@@ -705,24 +735,25 @@ __global__ void __launch_bounds__(Block<SIZE>::COUNT, SIZE == 128 ? 2 : 1)
         for (int g = 0; g < G::R / 4; g++) {
             int o = o0 + column + g * 4 * G::SIDE, left = s.O - o;
             float *to = to_w + ((size_t)k * s.C + c) * s.O + o;
-            float4 old = load4<VEC>(to, add ? left : 0);  // zeros where a slab's part is written
+            float4 old = load4<VEC>(to, add ? left : 0);  // zeros where partial sums are written
             store4<VEC>(to, make_float4(old.x + sum[i][4 * g], old.y + sum[i][4 * g + 1],
                                         old.z + sum[i][4 * g + 2], old.w + sum[i][4 * g + 3]),
                         left);
         }
     }
-    if (db && k == 0 && c0 == 0) finish_bias<SIZE>(to_b, add, dy_sum, &tile.a[0][0][0], o0, s.O);
+    if (db && k == 0 && c0 == 0) store_bias<SIZE>(to_b, add, dy_sum, &tile.a[0][0][0], o0, s.O);
 }
 
-// dw += the slabs' sums, db likewise, slab by slab. A thread per weight, neighbours next to each
-// other; eight slabs' loads are on their way at a time, but added in order.
-__global__ void add_slabs(float *dw, float *db, const float *part, size_t weights, int O,
-                          int slabs) {
+// dw += the partial sums of all splits, db likewise, split by split. A thread per weight;
+// neighbouring threads have neighbouring weights. The loads of eight splits are on their way at a
+// time, but they are added in order.
+__global__ void add_splits(float *dw, float *db, const float *part, size_t weights, int O,
+                           int splits) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= weights + (db ? O : 0)) return;
     float sum = 0;
 #pragma unroll 8
-    for (int slab = 0; slab < slabs; slab++) sum += part[slab * (weights + O) + i];
+    for (int split = 0; split < splits; split++) sum += part[split * (weights + O) + i];
     if (i < weights)
         dw[i] += sum;
     else
@@ -732,14 +763,14 @@ __global__ void add_slabs(float *dw, float *db, const float *part, size_t weight
 template <int SIZE, typename T>
 static void launch_weight(float *dw, float *db, float *part, const T *x, const T *dy, ConvShape s,
                           WeightPlan p) {
-    unsigned blocks = (unsigned)(ceil_div(s.O, SIZE) * ceil_div(s.C, SIZE) * s.K * p.slabs);
+    unsigned blocks = (unsigned)(ceil_div(s.O, SIZE) * ceil_div(s.C, SIZE) * s.K * p.splits);
     if (s.C % 4 == 0 && s.O % 4 == 0 && aligned16(x) && aligned16(dy) && aligned16(dw))
         weight_block<SIZE, true>
             <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(dw, db, part, x, dy, s, p);
     else
         weight_block<SIZE, false>
             <<<blocks, Block<SIZE>::COUNT, 0, gpu_stream>>>(dw, db, part, x, dy, s, p);
-    LAUNCHED("weight_block", conv_flops(s), weight_bytes(s, sizeof(T), p.slabs));
+    LAUNCHED("weight_block", conv_flops(s), weight_bytes(s, sizeof(T), p.splits));
 }
 
 template <typename T>
@@ -752,25 +783,25 @@ static void one_weight_block(const WeightJob *j, ConvShape s, float *part) {
         launch_weight<64>(j->dw, j->db, part, x, dy, s, p);
     else
         launch_weight<32>(j->dw, j->db, part, x, dy, s, p);
-    if (p.slabs == 1) return;
+    if (p.splits == 1) return;
     size_t weights = (size_t)s.K * s.C * s.O;
-    add_slabs<<<(unsigned)ceil_div(weights + s.O, THREADS), THREADS, 0, gpu_stream>>>(
-        j->dw, j->db, part, weights, s.O, p.slabs);
-    LAUNCHED("add_slabs", 0, slabs_bytes(s, p.slabs));
+    add_splits<<<blocks_for(weights + s.O, THREADS), THREADS, 0, gpu_stream>>>(
+        j->dw, j->db, part, weights, s.O, p.splits);
+    LAUNCHED("add_splits", 0, splits_bytes(s, p.splits));
 }
 
 template <typename T>
 static void conv_backward_weight_block(const WeightJob *jobs, int n, ConvShape s, void *work) {
-    for (int i = 0; i < n; i++) {  // one after the other: they share the partial sums' place
+    for (int i = 0; i < n; i++) {  // one after the other: they share the workspace
         s.dil = jobs[i].dil;
         one_weight_block<T>(&jobs[i], s, (float *)work);
     }
 }
 
-// ---- The table
+// ---- The table ----------------------------------------------------------------------------------
 
 const Kernel conv_kernels[] = {
-    KERNEL(float, conv_forward, conv_forward_naive, "naive", "the CPU's loop, a thread per output"),
+    KERNEL(float, conv_forward, conv_forward_naive, "naive", "plain loops, a thread per output"),
     KERNEL(float, conv_forward, conv_forward_tile, "", "32x32 tiles in shared memory"),
     KERNEL_PAIR(conv_forward, conv_forward_block, "8x8 outputs in a thread's registers"),
     KERNEL(float, conv_backward_input, conv_backward_input_naive, "naive", "a thread per input"),
@@ -780,6 +811,6 @@ const Kernel conv_kernels[] = {
     KERNEL(float, conv_backward_weight, conv_backward_weight_naive, "naive", "a thread per weight"),
     KERNEL(float, conv_backward_weight, conv_backward_weight_tile, "", "32x32 tiles of weights"),
     KERNEL_PAIR(conv_backward_weight, conv_backward_weight_block,
-                "8x8 weights in registers, slabs of time"),
+                "8x8 weights in registers, splits of time"),
 };
 const int n_conv_kernels = sizeof conv_kernels / sizeof *conv_kernels;

@@ -11,9 +11,9 @@
 #include <omp.h>
 #endif
 
-#include "checkpoint.h"
-#include "cli.h"
-#include "stream.h"
+#include "support/checkpoint.h"
+#include "support/options.h"
+#include "support/stream.h"
 
 typedef struct {
     const char *prompt, *prompt_file, *score, *latents;
@@ -155,7 +155,7 @@ static void read_prompt(uint8_t **bytes, size_t *n) {
 // Feeds the prompt to all streams. Only its last RF bytes can be seen. Without a prompt the text
 // begins as after the end of a line, which is not printed.
 static void feed_prompt(Stream *s, const uint8_t *prompt, size_t n, real *logits) {
-    size_t field = (size_t)config_receptive_field(&s->config);
+    size_t field = (size_t)config_receptive_field(&s->table.config);
     int ids[MAX_STREAMS];
     for (size_t i = n > field ? n - field : 0; i < (n ? n : 1); i++) {
         for (int j = 0; j < s->S; j++) ids[j] = n ? prompt[i] : '\n';
@@ -234,8 +234,8 @@ typedef struct {
 } Windows;
 
 static void open_windows(Windows *w, const Stream *s, bool latents) {
-    size_t D = (size_t)s->config.latent, S = (size_t)s->capacity;
-    *w = (Windows){.context = (size_t)config_receptive_field(&s->config) - 1};
+    size_t D = (size_t)s->table.config.latent, S = (size_t)s->capacity;
+    *w = (Windows){.context = (size_t)config_receptive_field(&s->table.config) - 1};
     // Long enough that the context costs little, short enough for 64 MB of latents.
     size_t most = ((size_t)1 << 24) / (S * D);
     w->segment = 16 * w->context > 1024 ? 16 * w->context : 1024;
@@ -253,7 +253,7 @@ static void open_windows(Windows *w, const Stream *s, bool latents) {
 
 // All outputs of the windows in hand. `skip`: outputs of the first window that are not wanted.
 static void run_windows(Windows *w, Stream *s, size_t skip) {
-    size_t D = (size_t)s->config.latent, end = w->context + w->segment;
+    size_t D = (size_t)s->table.config.latent, end = w->context + w->segment;
     size_t windows = w->have > end ? (w->have - w->context + w->segment - 1) / w->segment : 1;
     int ids[MAX_STREAMS], targets[MAX_STREAMS];
     real losses[MAX_STREAMS];
@@ -267,7 +267,7 @@ static void run_windows(Windows *w, Stream *s, size_t skip) {
             targets[j] = wanted && at + 1 < w->have ? w->bytes[at + 1] : -1;
         }
         stream_push(s, ids, w->latents ? w->z : NULL, w->logits);
-        cpu_backend.cross_entropy(losses, w->logits, targets, s->config.softcap, 0, windows);
+        cpu_backend.cross_entropy(losses, w->logits, targets, s->table.config.softcap, 0, windows);
         for (size_t j = 0; j < windows; j++) {
             size_t at = j * w->segment + i;
             if (i < (j ? w->context : skip) || at >= w->have) continue;
@@ -300,7 +300,7 @@ static uint64_t scan(Stream *s, const char *path, bool latents, Visit visit, voi
             Part part = {.first = base + skip, .n = n - skip, .bytes = w.bytes + skip,
                          .losses = w.losses + skip,
                          .scored = n - skip - (w.have == n ? 1 : 0)};
-            if (latents) part.latents = w.latents + skip * (size_t)s->config.latent;
+            if (latents) part.latents = w.latents + skip * (size_t)s->table.config.latent;
             visit(arg, &part);
         }
         progress("read", base + w.have);
@@ -399,7 +399,7 @@ static void write_npy_header(FILE *f, uint64_t rows, int columns) {
 }
 
 static void visit_latents(void *arg, const Part *part) {
-    size_t n = part->n * (size_t)((const Stream *)arg)->config.latent;
+    size_t n = part->n * (size_t)((const Stream *)arg)->table.config.latent;
     for (size_t i = 0; i < n; i++) {
         float x = (float)part->latents[i];
         uint32_t bits;
@@ -418,13 +418,13 @@ static void write_latents(const char *model, const char *in) {
     Error e;
     open_model(&s, model, 0);
     if (output_open(&output, opt.latents, opt.force, &e)) stop(&e);
-    write_npy_header(output.file, 0, s.config.latent);
+    write_npy_header(output.file, 0, s.table.config.latent);
     uint64_t n = scan(&s, in, true, visit_latents, &s);
     rewind(output.file);  // the number of rows is known only now
-    write_npy_header(output.file, n, s.config.latent);
+    write_npy_header(output.file, n, s.table.config.latent);
     if (output_commit(&output, &e)) stop(&e);
     fprintf(stderr, "%s: (%llu, %d) float32\n", opt.latents, (unsigned long long)n,
-            s.config.latent);
+            s.table.config.latent);
     stream_free(&s);
 }
 
@@ -517,7 +517,7 @@ static uint32_t no_context(uint32_t freq[V]) {
 static uint32_t after(Stream *s, int byte, uint32_t freq[V]) {
     static real logits[V];
     stream_push(s, &byte, NULL, logits);
-    return frequencies(freq, logits, s->config.softcap);
+    return frequencies(freq, logits, s->table.config.softcap);
 }
 
 static uint32_t fold(uint64_t hash) { return (uint32_t)(hash ^ hash >> 32); }

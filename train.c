@@ -9,31 +9,30 @@
 #include <omp.h>
 #endif
 
-#include "checkpoint.h"
-#include "cli.h"
 #include "data/language.h"
-#include "stream.h"
+#include "support/checkpoint.h"
+#include "support/options.h"
+#include "support/stream.h"
 
 // ---- Options: the one table that parses, explains, is saved with a run and compared on resuming
 
 typedef struct {
     int preset;
     // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
-    int64_t steps, batch, seq, accum, warmup, channels, latent, taps, blocks, eval_every, threads;
+    int64_t steps, batch, seq, accum, warmup, channels, latent, eval_every, threads;
     int64_t sample_bytes, sample_every;
     double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
     // val_frac of each text; save_every in seconds
     double val_frac, save_every;
     uint64_t seed;
-    IntList dilations;
-    int form, device;
-    bool tie, at_once, no_selftest;
-    const char *val, *out, *resume, *kernels;
+    int activation, device;
+    bool tie, at_once, no_selftest, tensors;
+    const char *units, *val, *out, *resume, *kernels;
 } Options;
 
 // The defaults: the recipe sought on TinyShakespeare, where it does not depend on that text.
 static Options opt = {
-    .channels = 256, .taps = 2, .blocks = 3, .dilations = {4, {1, 2, 4, 8}}, .form = BLOCK_PRENORM,
+    .channels = 256, .units = "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", .activation = ACT_gelu,
     .tie = true, .softcap = 30,
     .steps = 1500, .batch = 16, .seq = 512, .accum = 1, .lr = 4e-3, .warmup = 100, .beta1 = 0.9,
     .beta2 = 0.95, .weight_decay = 1, .clip = 1, .dropout = 0.1, .byte_dropout = 0.1, .seed = 1,
@@ -41,25 +40,25 @@ static Options opt = {
 };
 
 static const char *const preset_names[] = {"default", "paper", "small", "shakespeare", NULL};
-// What a preset sets, as it would be typed. Options on the command line win. All but `default`
-// leave nothing to the defaults: those may move, the figures of these shall not.
-static const char *const presets[] = {
-    "",
-    "--channels 256 --latent 0 --taps 3 --blocks 3 --dilations 1,2,4 --block-form paper --no-tie "
-    "--softcap 0 --steps 1500 --batch 16 --seq 512 --accum 1 --no-at-once --lr 2e-3 --min-lr 0 "
-    "--warmup 100 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 "
-    "--byte-dropout 0 --eval-every 250",
-    "--channels 128 --latent 0 --taps 3 --blocks 2 --dilations 1,2,4 --block-form prenorm --tie "
-    "--softcap 30 --steps 1200 --batch 16 --seq 256 --accum 1 --no-at-once --lr 4e-3 "
-    "--min-lr 0 --warmup 50 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 "
-    "--dropout 0.05 --byte-dropout 0.05 --eval-every 200",
-    "--channels 256 --latent 0 --taps 2 --blocks 3 --dilations 1,2,4,8 --block-form prenorm --tie "
-    "--softcap 30 --steps 2900 --batch 64 --seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 "
-    "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 "
-    "--byte-dropout 0.15 --eval-every 500",
+// What a preset sets, as it would be typed, and its units. Options on the command line win. All but
+// `default` leave nothing to the defaults: those may move, the figures of these shall not.
+static const struct {
+    const char *units, *options;
+} presets[] = {
+    {NULL, ""},
+    {"3x(block:3:1:2:4)",
+     "--channels 256 --latent 0 --activation gelu --no-tie --softcap 0 --steps 1500 --batch 16 "
+     "--seq 512 --accum 1 --no-at-once --lr 2e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 "
+     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},
+    {"2x(conv:3:1 conv:3:2 conv:3:4)",
+     "--channels 128 --latent 0 --activation gelu --tie --softcap 30 --steps 1200 --batch 16 "
+     "--seq 256 --accum 1 --no-at-once --lr 4e-3 --min-lr 0 --warmup 50 --beta1 0.9 --beta2 0.99 "
+     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200"},
+    {"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
+     "--channels 256 --latent 0 --activation gelu --tie --softcap 30 --steps 2900 --batch 64 "
+     "--seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
+     "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
 };
-// In the order of BlockForm: the option's index is the form.
-static const char *const form_names[] = {"paper", "prenorm", NULL};
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
 // The bounds judge one value at a time; how values go together is judged by config_check and
@@ -69,10 +68,8 @@ static Option table[] = {
     CHOICE("preset", NOT_SAVED, &opt.preset, preset_names, "NAME", "a set of options"),
     INT("channels", SAVED, &opt.channels, 1, MAX_CHANNELS, "C", "channels"),
     INT("latent", SAVED, &opt.latent, 0, MAX_CHANNELS, "D", "latent width, 0 = C, else --no-tie"),
-    INT("taps", SAVED, &opt.taps, 1, MAX_TAPS, "K", "taps of a conv"),
-    INT("blocks", SAVED, &opt.blocks, 1, 1024, "N", "times the dilations are repeated"),
-    INTS("dilations", SAVED, &opt.dilations, 1, 1 << 20, "LIST", "dilations of a block"),
-    CHOICE("block-form", SAVED, &opt.form, form_names, "FORM", "residual round a block, or a conv"),
+    TEXT("units", SAVED, &opt.units, "STACK", "residual units, see below"),
+    CHOICE("activation", SAVED, &opt.activation, activation_names, "F", "of units that name none"),
     FLAG("tie", SAVED, &opt.tie, "the head is the embedding, transposed"),
     NUMBER("softcap", SAVED, &opt.softcap, 0, 1e6, "S", "logits = S tanh(logits/S), 0 = off"),
     SECTION("training"),
@@ -104,7 +101,8 @@ static Option table[] = {
     NUMBER("save-every", NOT_SAVED, &opt.save_every, 0, 1e9, "S", "seconds between savings"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
-    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "the GPU kernels"),
+    TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "who computes"),
+    FLAG("tensors", NOT_SAVED, &opt.tensors, "list every tensor at the start"),
     FLAG("no-selftest", NOT_SAVED, &opt.no_selftest, "skip the GPU kernels' check"),
 };
 
@@ -266,32 +264,21 @@ enum { WINDOW = 256 };  // nanoGPT's block_size for TinyShakespeare
 // each position judged by what stands before it in its window alone. The first byte of a text is
 // only context, so n bytes make n - 1 positions; NAN where there are none.
 static double loss_in_windows(Run *r) {
-    Model *m = &r->scorer;
-    // The scorer's rows are T long, at least WINDOW: open_models has seen to that.
-    size_t T = (size_t)m->T, N = (size_t)m->B * T, scored = 0;
-    int *ids = malloc(2 * N * sizeof *ids), *targets = ids + N;
-    real *losses = malloc(N * sizeof *losses);
-    double sum = 0;
+    double sum = 0, nats;
+    size_t scored = 0;
     Error e;
-    if (!ids || !losses) die(&r->cli, (fail(&e, "out of memory for the last evaluation"), &e));
-    model_write(m, m->params, r->best_params);
+    model_write(&r->scorer, r->scorer.params, r->best_params);
     for (int i = 0; i < r->data.n; i++) {
-        const uint8_t *text = r->data.texts[i].bytes + r->data.texts[i].n_train;
-        size_t n = r->data.texts[i].n - r->data.texts[i].n_train;
-        for (size_t first = 0; first + 1 < n; first += (size_t)m->B * WINDOW) {
-            for (size_t j = 0; j < N; j++) {  // a window a row; the rest of the row is not scored
-                size_t at = first + j / T * WINDOW + j % T;
-                bool inside = j % T < WINDOW && at + 1 < n;
-                ids[j] = inside ? text[at] : 0;
-                targets[j] = inside ? text[at + 1] : -1;
-                scored += inside;
-            }
-            model_losses(m, ids, targets, losses);
-            for (size_t j = 0; j < N; j++) sum += losses[j];
-        }
+        const Text *t = &r->data.texts[i];
+        size_t n = t->n - t->n_train;
+        if (n < 2) continue;
+        // The scorer's rows are at least WINDOW long: open_models has seen to that.
+        if (model_score_windows(&r->scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats, NULL,
+                                &e))
+            die(&r->cli, &e);
+        sum += nats;
+        scored += n - 1;
     }
-    free(ids);
-    free(losses);
     return sum / (double)scored;
 }
 
@@ -529,7 +516,7 @@ static int open_log(Run *r, bool resumed, Error *e) {
             if (o->kind == OPT_FLAG)
                 fprintf(out.file, " --%s%s", *(bool *)o->value ? "" : "no-", o->name);
             else if (*value)
-                fprintf(out.file, " --%s %s", o->name, value);
+                fprintf(out.file, strchr(value, ' ') ? " --%s \"%s\"" : " --%s %s", o->name, value);
         }
         fprintf(out.file, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
     }
@@ -589,7 +576,9 @@ static void print_sample(const Run *r, const real *params) {
 // Types the preset's words for the user. It comes after the command line, whose options it leaves.
 static void apply_preset(const Cli *cli) {
     char words[512], *save;
-    snprintf(words, sizeof words, "%s", presets[opt.preset]);
+    snprintf(words, sizeof words, "%s", presets[opt.preset].options);
+    if (presets[opt.preset].units && !find_option(cli, "units", 5)->given)
+        opt.units = presets[opt.preset].units;
     for (char *word = strtok_r(words, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
         bool on;
         // + 2: the "--". The words go with this function, so no preset may set a text.
@@ -603,14 +592,17 @@ static void apply_preset(const Cli *cli) {
     }
 }
 
-static Config config_of_options(void) {
-    Config c = {.channels = (int)opt.channels,
-                // 0: as wide as the model
-                .latent = (int)(opt.latent ? opt.latent : opt.channels),
-                .taps = (int)opt.taps, .blocks = (int)opt.blocks, .n_dilations = opt.dilations.n,
-                .form = (BlockForm)opt.form, .tie = opt.tie, .softcap = (float)opt.softcap};
-    memcpy(c.dilations, opt.dilations.v, sizeof c.dilations);
-    return c;
+static int config_of_options(Config *c, Error *e) {
+    *c = (Config){.channels = (int)opt.channels,
+                  // 0: as wide as the model
+                  .latent = (int)(opt.latent ? opt.latent : opt.channels),
+                  .activation = (Activation)opt.activation, .tie = opt.tie,
+                  .softcap = (float)opt.softcap};
+    if (strlen(opt.units) >= sizeof c->units)
+        return fail(e, "--units is %zu characters long, at most %d: use groups, Nx(...)",
+                    strlen(opt.units), UNITS_TEXT - 1);
+    snprintf(c->units, sizeof c->units, "%s", opt.units);
+    return config_check(c, e);
 }
 
 // eps: PyTorch's default for AdamW.
@@ -647,24 +639,72 @@ static int open_models(Run *r, Error *e) {
     return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
 }
 
+// name (a,b,c) decayed
+static void print_tensor(const Tensor *t) {
+    fprintf(stderr, "  %-28s (%d", t->name, t->dims[0]);
+    for (int j = 1; j < t->ndim; j++) fprintf(stderr, ",%d", t->dims[j]);
+    fprintf(stderr, ")%s\n", t->decay ? " decayed" : "");
+}
+
+// One line: a unit's text, formula, matrices, parameters and reach; times: how many stand in a row.
+static void print_unit(const Model *m, const Unit *u, int times) {
+    char text[256], own[32], row[32] = "";
+    size_t params = 0;
+    int n = snprintf(own, sizeof own, "units.%d.", u->index);
+    if (times > 1) snprintf(row, sizeof row, "%dx ", times);
+    fprintf(stderr, "  %s%-14s %-26s", row, unit_text(u, m->config.activation, text, sizeof text),
+            u->mixer->formula);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        if (strncmp(t->name, own, (size_t)n) != 0) continue;
+        params += t->size;
+        if (t->ndim == 2) fprintf(stderr, " (%d,%d)", t->dims[0], t->dims[1]);
+        if (t->ndim == 3) fprintf(stderr, " (%d,%d,%d)", t->dims[0], t->dims[1], t->dims[2]);
+    }
+    fprintf(stderr, "  %zu parameters, reaches %lld back\n", params,
+            (long long)u->mixer->reach(u));
+}
+
+// How often the `period` units from u on repeat themselves, at least 1.
+static int repeats(const Model *m, int u, int period) {
+    int end = u + period;
+    while (end < m->U && unit_same(&m->units[end], &m->units[end - period])) end++;
+    return (end - u) / period;
+}
+
+// The stack, what is repeated once: at every place the period that covers most.
+static void print_stack(const Model *m) {
+    for (int u = 0; u < m->U;) {
+        int best = 1, times = repeats(m, u, 1);
+        for (int period = 2; period <= 16 && u + period <= m->U; period++) {
+            int n = repeats(m, u, period);
+            if (n > 1 && n * period > times * best) best = period, times = n;
+        }
+        if (times > 1) fprintf(stderr, "%d times:\n", times);
+        for (int i = 0, n; i < best; i += n) {
+            for (n = 1; i + n < best && unit_same(&m->units[u + i], &m->units[u + i + n]);) n++;
+            print_unit(m, &m->units[u + i], n);
+        }
+        u += best * times;
+    }
+}
+
 // What will be trained, on what, and the memory it takes: on standard error, samples go to output.
 static void print_plan(const Run *r) {
     const Model *m = &r->model;
     char name[128];
     fprintf(stderr, "fuzzytok.c on %s, %s backend, %d threads\n", machine_name(name, sizeof name),
             r->backend->name, threads_in_use());
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        char shape[48];
-        int used = snprintf(shape, sizeof shape, "(%d", t->dims[0]);
-        for (int j = 1; j < t->ndim; j++)
-            used += snprintf(shape + used, sizeof shape - (size_t)used, ",%d", t->dims[j]);
-        fprintf(stderr, "  %-28s %s) %s\n", t->name, shape, t->decay ? "decayed" : "");
-    }
+    fprintf(stderr, "bytes -> LayerNorm(Embedding (%d,%d)) ->\n", V, m->config.channels);
+    print_stack(m);
+    fprintf(stderr, m->config.tie ? "-> LayerNorm = latents (%d) -> the embedding, transposed\n"
+                                  : "-> LayerNorm -> Linear = latents (%d) -> Linear\n",
+            m->config.latent);
+    for (int i = 0; i < m->n_tensors && opt.tensors; i++) print_tensor(&m->tensors[i]);
     fprintf(stderr, "%zu parameters, receptive field %lld bytes\n", m->n_params,
             (long long)config_receptive_field(&r->config));
     for (int i = 0; i < m->n_memory; i++)
-        fprintf(stderr, "  %-20s %10.2f MB\n", m->memory[i].role, (double)m->memory[i].bytes / 1e6);
+        fprintf(stderr, "  %-24s %10.2f MB\n", m->memory[i].role, (double)m->memory[i].bytes / 1e6);
     fprintf(stderr, "%.1f MB to train, %.1f MB to evaluate\n", (double)model_memory(m) / 1e6,
             (double)model_memory(&r->scorer) / 1e6);
     for (int i = 0; i < r->data.n; i++) {
@@ -814,6 +854,10 @@ static void print_result(Run *r) {
     fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, opt.out);
 }
 
+static bool on_gpu(const Run *r) {
+    return r->backend != &cpu_backend && r->backend != &plain_backend;
+}
+
 // Reads what is to be read, plans and allocates; the folder and the log come last, so that a run
 // which cannot start leaves no trace.
 static int begin(Run *r, Error *e) {
@@ -827,13 +871,12 @@ static int begin(Run *r, Error *e) {
         if (!ck.is_state) return fail(e, "%s is a model, not the state of a run", path);
         if (take_saved_options(&r->cli, &ck, e) || take_saved_files(&r->cli, &ck, e)) return -1;
     }
-    r->config = config_of_options();
     r->best = INFINITY;
     r->saved_step = -1;  // nothing yet
-    if (config_check(&r->config, e)) return -1;
+    if (config_of_options(&r->config, e)) return -1;
     if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
     // A GPU's kernels are held against the CPU's before they are trusted with a run.
-    if (r->backend != &cpu_backend && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
+    if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
     if (load_data(&r->data, &r->cli, e) || open_models(r, e))
         return -1;
     int failed = opt.resume ? load_state(r, &ck, e) || load_best(r, e)
@@ -843,15 +886,34 @@ static int begin(Run *r, Error *e) {
     return 0;
 }
 
+// What --units may hold, for --help: a line for each mixer.
+static void add_mixers(char *about, size_t size) {
+    char *to = about + strlen(about);
+    snprintf(to, size - strlen(about), "\nA stack of units, --units \"3x(conv:2:1 conv:2:2)\":");
+    for (int i = 0; i < n_mixers; i++) {
+        const Mixer *m = mixers[i];
+        char line[160];
+        snprintf(line, sizeof line, "%s", m->name);
+        for (int j = 0; j < 4 && m->numbers[j].name; j++)
+            snprintf(line + strlen(line), sizeof line - strlen(line), ":%s",
+                     m->numbers[j].name);
+        snprintf(line + strlen(line), sizeof line - strlen(line), "%s%s", m->repeats ? "..." : "",
+                 m->activation ? "[:ACTIVATION]" : "");
+        snprintf(about + strlen(about), size - strlen(about), "\n  %-34s %s", line, m->formula);
+    }
+}
+
 int main(int argc, char **argv) {
     static Run run;
     Run *r = &run;
     Error e;
+    static char about[2048] =
+        "Trains a byte-level language model on the FILEs, or on a built-in corpus. Writes\n"
+        "DIR/model.safetensors (the best on held-out text), DIR/state.safetensors (to go on\n"
+        "with --resume DIR) and DIR/log.tsv.\n";
+    add_mixers(about, sizeof about);
     r->cli = (Cli){"train", "usage: ./train [options] [FILE...]      FILE - is standard input",
-                   "Trains a byte-level causal-convolution language model on the FILEs, or on a\n"
-                   "built-in corpus. Writes DIR/model.safetensors (the best on held-out text),\n"
-                   "DIR/state.safetensors (to go on with --resume DIR) and DIR/log.tsv.",
-                   table, N_OPTIONS, NULL, 0};
+                   about, table, N_OPTIONS, NULL, 0};
     parse_options(&r->cli, argc, argv);
     apply_preset(&r->cli);
     if (opt.resume && find_option(&r->cli, "out", 3)->given)

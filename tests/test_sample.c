@@ -5,9 +5,10 @@
 // and the fault (run it under ASan and UBSan); ./sample, where it is built, does what README says.
 //   ./test_sample
 #define _POSIX_C_SOURCE 200809L
-#include "checkpoint.h"
-#include "stream.h"
-#include "test.h"
+#include "support/arithmetic.h"
+#include "support/checkpoint.h"
+#include "support/stream.h"
+#include "tests/test.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -68,7 +69,7 @@ static Reference reference(const Config *c) {
     for (size_t i = 0; i < rows; i++)
         r.ids[i] = (int)(philox(5, (uint32_t)i, 0, 0, RNG_TEST).v[0] % V);
     cpu->upload(m.ids, r.ids, sizeof r.ids);
-    model_forward(&m, false, 0);
+    model_forward(&m, NULL);
     cpu->read_acts(r.logits, m.logits, rows * V);
     cpu->read_acts(r.z, model_latents(&m), rows * D);
     r.params = new_reals(m.n_params);
@@ -112,24 +113,28 @@ static void test_streaming(void) {
         const char *what;
         Config c;
     } cases[] = {
-        {"paper", {.channels = 32, .latent = 32, .taps = 3, .blocks = 2, .n_dilations = 3,
-                   .dilations = {1, 2, 4}}},
-        {"paper, odd sizes", {.channels = 33, .latent = 7, .taps = 4, .blocks = 3, .n_dilations = 2,
-                              .dilations = {3, 1}, .softcap = 5}},
-        {"paper, tied", {.channels = 130, .latent = 130, .taps = 2, .blocks = 1, .n_dilations = 1,
-                         .dilations = {5}, .tie = true}},
-        {"pre-norm", {.channels = 64, .latent = 48, .taps = 3, .blocks = 1, .n_dilations = 3,
-                      .dilations = {1, 2, 4}, .form = BLOCK_PRENORM}},
-        {"pre-norm, tied, softcap", {.channels = 257, .latent = 257, .taps = 2, .blocks = 2,
-                                     .n_dilations = 3, .dilations = {1, 2, 8},
-                                     .form = BLOCK_PRENORM, .tie = true, .softcap = 30}},
-        {"one tap, one channel", {.channels = 1, .latent = 3, .taps = 1, .blocks = 2,
-                                  .n_dilations = 1, .dilations = {4}}},
-        {"dilation beyond the text", {.channels = 16, .latent = 16, .taps = 3, .blocks = 1,
-                                      .n_dilations = 2, .dilations = {200, 1},
-                                      .form = BLOCK_PRENORM}},
-        {"paper's sizes", {.channels = 256, .latent = 256, .taps = 3, .blocks = 3,
-                           .n_dilations = 3, .dilations = {1, 2, 4}}},
+        {"blocks", {.channels = 32, .latent = 32, .activation = ACT_gelu,
+                    .units = "2x(block:3:1:2:4)"}},
+        {"blocks, odd sizes", {.channels = 33, .latent = 7, .activation = ACT_gelu,
+                               .units = "3x(block:4:3:1)", .softcap = 5}},
+        {"a block, tied", {.channels = 130, .latent = 130, .activation = ACT_gelu,
+                           .units = "block:2:5", .tie = true}},
+        {"convs", {.channels = 64, .latent = 48, .activation = ACT_gelu,
+                   .units = "conv:3:1 conv:3:2 conv:3:4"}},
+        {"convs, tied, softcap", {.channels = 257, .latent = 257, .activation = ACT_gelu,
+                                  .units = "2x(conv:2:1 conv:2:2 conv:2:8)", .tie = true,
+                                  .softcap = 30}},
+        {"one tap, one channel", {.channels = 1, .latent = 3, .activation = ACT_gelu,
+                                  .units = "2x(block:1:4)"}},
+        {"dilation beyond the text", {.channels = 16, .latent = 16, .activation = ACT_gelu,
+                                      .units = "conv:3:200 conv:3:1"}},
+        {"paper's sizes", {.channels = 256, .latent = 256, .activation = ACT_gelu,
+                           .units = "3x(block:3:1:2:4)"}},
+        {"lrelu2", {.channels = 40, .latent = 40, .activation = ACT_lrelu2,
+                    .units = "conv:3:1 block:2:1:3", .tie = true}},
+        {"no activation", {.channels = 40, .latent = 9, .units = "conv:3:1 block:2:1:3"}},
+        {"mixed", {.channels = 65, .latent = 40, .activation = ACT_gelu,
+                   .units = "conv:3:5:lrelu2 2x(block:2:1:9:2:none conv:1:3) block:4:7"}},
     };
     static const int streams[] = {1, 3, STREAM_MOST}, threads[] = {1, 2, 5};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -147,18 +152,15 @@ static void test_streaming(void) {
     Error e;
     Stream s;
     Config vast = config_paper();
-    vast.dilations[0] = vast.dilations[1] = vast.dilations[2] = 1 << 20;
-    vast.taps = MAX_TAPS;
+    snprintf(vast.units, sizeof vast.units, "1024x(block:256:1048576:1048576:1048576)");
     vast.channels = vast.latent = MAX_CHANNELS;
-    vast.blocks = 1024;
     real nothing = 0;  // sizes are refused before anything is read
     check(stream_open(&s, &vast, &nothing, MAX_STREAMS, &e) && strstr(e.text, "memory"),
           "rings beyond the memory are refused: %s", e.text);
 }
 
 static void test_sampling(void) {
-    Config c = {.channels = 2, .latent = 2, .taps = 1, .blocks = 1, .n_dilations = 1,
-                .dilations = {1}};
+    Config c = {.channels = 2, .latent = 2, .activation = ACT_gelu, .units = "block:1:1"};
     Model m;
     Stream s;
     Error e;
@@ -198,7 +200,7 @@ static void test_sampling(void) {
         }
         check_error(worst, 0.015, "20000 draws have the right shares: %s", cases[i].what);
     }
-    s.config.softcap = 1e-3f;  // every logit is squeezed to nearly 0
+    s.table.config.softcap = 1e-3f;  // every logit is squeezed to nearly 0
     int low = 0;
     for (int d = 0; d < DRAWS; d++) {
         s.position = (uint64_t)d;
@@ -210,8 +212,8 @@ static void test_sampling(void) {
 
 // ---- Good files ---------------------------------------------------------------------------------
 
-static const Config tiny = {.channels = 2, .latent = 2, .taps = 2, .blocks = 1, .n_dilations = 1,
-                            .dilations = {1}, .form = BLOCK_PRENORM, .tie = true};
+static const Config tiny = {.channels = 2, .latent = 2, .activation = ACT_gelu,
+                            .units = "conv:2:1", .tie = true};
 
 static void open_filled(Model *m, const Config *c, uint64_t seed) {
     open_or_die(m, cpu, c, 1, 1, NULL);
@@ -245,6 +247,13 @@ static void test_round_trip(const Config *c, const char *what) {
     model_free(&m);
 }
 
+static size_t offset_of(const Model *m, const char *name) {
+    for (int i = 0; i < m->n_tensors; i++)
+        if (strcmp(m->tensors[i].name, name) == 0) return m->tensors[i].offset;
+    need(false, name);
+    return 0;
+}
+
 // Reads float i of a tensor straight from the file.
 static float raw_value(const uint8_t *file, const Entry *entry, uint64_t data, size_t i) {
     uint32_t bits = 0;
@@ -257,10 +266,10 @@ static float raw_value(const uint8_t *file, const Entry *entry, uint64_t data, s
 
 // In PyTorch's order: conv (O,C,K) with the last tap the current byte, linear (O,C).
 static void test_layout(void) {
-    const Config c = {.channels = 5, .latent = 3, .taps = 4, .blocks = 1, .n_dilations = 2,
-                      .dilations = {1, 2}};
+    const Config c = {.channels = 5, .latent = 3, .activation = ACT_gelu, .units = "block:4:1:2"};
     Model m;
     open_filled(&m, &c, 4);
+    size_t conv = offset_of(&m, "units.0.conv.1.weight");
     const char *path = in_folder("layout.safetensors");
     save_or_die(path, &m);
     size_t n;
@@ -274,12 +283,12 @@ static void test_layout(void) {
         for (size_t j = 0; j < (t->end - t->begin) / 4; j++) {
             float x = raw_value(file, t, ck.data, j), want = NAN;
             size_t o = j / 20, c5 = j / 4 % 5, k = 3 - j % 4;
-            if (!strcmp(t->name, "blocks.0.conv.1.weight"))
-                want = (float)m.params[m.convs[1].weight + (k * 5 + c5) * 5 + o];
+            if (!strcmp(t->name, "units.0.conv.1.weight"))
+                want = (float)m.params[conv + (k * 5 + c5) * 5 + o];
             else if (!strcmp(t->name, "proj.weight"))  // file (3,5), ours (5,3)
-                want = (float)m.params[m.proj + j % 5 * 3 + j / 5];
+                want = (float)m.params[m.proj.weight + j % 5 * 3 + j / 5];
             else if (!strcmp(t->name, "head.weight"))  // file (256,3), ours (3,256)
-                want = (float)m.params[m.head + j % 3 * 256 + j / 3];
+                want = (float)m.params[m.head.weight + j % 3 * 256 + j / 3];
             else if (!strcmp(t->name, "embedding.weight"))
                 want = (float)m.params[m.embedding + j];
             else
@@ -321,10 +330,11 @@ static void test_state(void) {
           "a role that is not there: %s", e.text);
     Config other = tiny;
     check(ok && checkpoint_match(&ck, &other, &e) == 0, "the same configuration matches");
-    other.taps = 3;
-    other.dilations[0] = 7;
-    check(ok && checkpoint_match(&ck, &other, &e) && strstr(e.text, "taps is 2 there and 3 here") &&
-              strstr(e.text, "dilations is 1 there and 7 here"),
+    other.activation = ACT_lrelu2;
+    strcpy(other.units, "conv:3:7");
+    check(ok && checkpoint_match(&ck, &other, &e) &&
+              strstr(e.text, "units is conv:2:1 there and conv:3:7 here") &&
+              strstr(e.text, "activation is gelu there and lrelu2 here"),
           "another one does not: %s", e.text);
     checkpoint_close(&ck);
     Model no;
@@ -381,8 +391,8 @@ static void test_failed_writes(void) {
 
 // A process that does nothing but save is killed again and again: there is always a whole file.
 static void test_killed_writes(void) {
-    const Config c = {.channels = 64, .latent = 64, .taps = 3, .blocks = 2, .n_dilations = 1,
-                      .dilations = {1}};
+    const Config c = {.channels = 64, .latent = 64, .activation = ACT_gelu,
+                      .units = "2x(block:3:1)"};
     Model m;
     open_filled(&m, &c, 8);
     char path[400], temporary[400];
@@ -518,21 +528,21 @@ static const struct {
     {"\"format", "\"" HUNDRED HUNDRED, "shorter string", 0},
     {"2136]}}", "2136]},\"no end", "end of a string", 0},
     // numbers
-    {"[56,2104]", "[-56,2104]", "digits", 0},
-    {"[56,2104]", "[+56,2104]", "digits", 0},
-    {"[56,2104]", "[56.0,2104]", "expected ','", 0},
-    {"[56,2104]", "[5e1,2104]", "expected ','", 0},
-    {"[56,2104]", "[0x38,2104]", "expected ','", 0},
-    {"[56,2104]", "[056,2104]", "leading zeros", 0},
-    {"[56,2104]", "[,2104]", "digits", 0},
-    {"[56,2104]", "[\"56\",2104]", "digits", 0},
-    {"[56,2104]", "[true,2104]", "digits", 0},
-    {"[56,2104]", "[56,18446744073709551616]", "below 2^64", 0},
-    {"[56,2104]", "[56,99999999999999999999999999]", "below 2^64", 0},
-    {"[56,2104]", "[56]", "two offsets", 0},
-    {"[56,2104]", "[56,2104,2104]", "two offsets", 0},
-    {"[56,2104]", "[]", "two offsets", 0},
-    {"[56,2104]", "56", "expected '['", 0},
+    {"[2048,2056]", "[-2048,2056]", "digits", 0},
+    {"[2048,2056]", "[+2048,2056]", "digits", 0},
+    {"[2048,2056]", "[2048.0,2056]", "expected ','", 0},
+    {"[2048,2056]", "[2e3,2056]", "expected ','", 0},
+    {"[2048,2056]", "[0x800,2056]", "expected ','", 0},
+    {"[2048,2056]", "[02048,2056]", "leading zeros", 0},
+    {"[2048,2056]", "[,2056]", "digits", 0},
+    {"[2048,2056]", "[\"2048\",2056]", "digits", 0},
+    {"[2048,2056]", "[true,2056]", "digits", 0},
+    {"[2048,2056]", "[2048,18446744073709551616]", "below 2^64", 0},
+    {"[2048,2056]", "[2048,99999999999999999999999999]", "below 2^64", 0},
+    {"[2048,2056]", "[2048]", "two offsets", 0},
+    {"[2048,2056]", "[2048,2056,2056]", "two offsets", 0},
+    {"[2048,2056]", "[]", "two offsets", 0},
+    {"[2048,2056]", "2048", "expected '['", 0},
     {"[256,2]", "[256,-2]", "digits", 0},
     {"[256,2]", "[256,2.0]", "expected ','", 0},
     {"[256,2]", "null", "expected '['", 0},
@@ -551,10 +561,10 @@ static const struct {
     {"[256,2]", "[2,256]", "has shape (2,256), expected (256,2)", 0},
     {"[256,2]", "[512]", "has shape (512), expected (256,2)", 0},
     {"[256,2]", "[256,1,2]", "has shape (256,1,2), expected (256,2)", 0},
-    {"[56,2104]", "[60,2108]", "after a gap", 0},
-    {"[56,2104]", "[48,2096]", "inside the one", 0},
-    {"[56,2104]", "[2104,56]", "is said to be at", 0},
-    {"[56,2104]", "[56,2105]", "its shape needs 2048", 0},
+    {"[2048,2056]", "[2052,2060]", "after a gap", 0},
+    {"[2048,2056]", "[2040,2048]", "inside the one", 0},
+    {"[2048,2056]", "[2056,2048]", "is said to be at", 0},
+    {"[0,2048]", "[0,2049]", "its shape needs 2048", 0},
     {"[2128,2136]", "[2136,2144]", "is said to be at", 0},
     {"[2128,2136]", "[18446744073709551608,0]", "is said to be at", 0},
     {"[2128,2136]", "[2120,2128]", "inside the one", 0},
@@ -569,8 +579,8 @@ static const struct {
     {"\"F32\",", "\"F32\",\"extra\":1,", "unknown field 'extra'", 0},
     {"\"F32\",", "\"F32\",\"dtype\":\"F32\",", "twice the field 'dtype'", 0},
     {"\"dtype\":\"F32\",", "", "expected ','", 0},
-    {",\"data_offsets\":[56,2104]", "", "expected ','", 0},
-    {"\"dtype\":\"F32\",\"shape\":[256,2],\"data_offsets\":[56,2104]", "", "expected '\"'", 0},
+    {",\"data_offsets\":[2048,2056]", "", "expected ','", 0},
+    {"\"dtype\":\"F32\",\"shape\":[256,2],\"data_offsets\":[0,2048]", "", "expected '\"'", 0},
     // which tensors
     {"norm_in.bias", "norm_out.bias", "norm_out.bias is there twice", 0},
     {"norm_in.bias", "norm_out\\u002ebias", "norm_out.bias is there twice", 0},
@@ -584,15 +594,16 @@ static const struct {
     {"\"pt\",", "\"pt\",\"format\":\"pt\",", "'format' twice", 0},
     {"\"fuzzytok\"", "\"llama\"", "another program (llama)", 0},
     {"\"model\":\"fuzzytok\",", "", "another program", 0},
-    {"\"version\":\"1\"", "\"version\":\"2\"", "version '2'", 0},
-    {"\"version\":\"1\",", "", "version ''", 0},
+    {"\"version\":\"2\"", "\"version\":\"1\"", "version '1'", 0},
+    {"\"version\":\"2\"", "\"version\":\"3\"", "version '3'", 0},
+    {"\"version\":\"2\",", "", "version ''", 0},
     {"\"channels\":\"2\"", "\"channels\":\"3\"", "a tied head needs", 0},
     {"\"channels\":\"2\",\"latent\":\"2\"", "\"channels\":\"3\",\"latent\":\"3\"",
      "has shape (256,2), expected (256,3)", 0},
     {"\"channels\":\"2\",\"latent\":\"2\"", "\"channels\":\"65536\",\"latent\":\"65536\"",
      "expected (256,65536)", 0},
     {"\"channels\":\"2\"", "\"channels\":\"0\"", "channels is 0", 0},
-    {"\"channels\":\"2\"", "\"channels\":\"65537\"", "channels is 65537", 0},
+    {"\"channels\":\"2\"", "\"channels\":\"65537\"", "invalid value 65537 for channels", 0},
     {"\"channels\":\"2\"", "\"channels\":\"-2\"", "invalid value -2 for channels", 0},
     {"\"channels\":\"2\"", "\"channels\":\" 2\"", "invalid value  2 for channels", 0},
     {"\"channels\":\"2\"", "\"channels\":\"02\"", "invalid value 02 for channels", 0},
@@ -600,22 +611,40 @@ static const struct {
     {"\"channels\":\"2\"", "\"channels\":\"4294967298\"", "for channels", 0},
     {"\"channels\":\"2\"", "\"channels\":\"\"", "for channels", 0},
     {"\"channels\":\"2\",", "", "nothing for channels", 0},
-    {"\"taps\":\"2\"", "\"taps\":\"3\"", "has shape (2,2,2), expected (2,2,3)", 0},
-    {"\"taps\":\"2\"", "\"taps\":\"257\"", "taps is 257", 0},
-    {"\"blocks\":\"1\"", "\"blocks\":\"2\"", "blocks.1.conv.0.weight is missing", 0},
-    {"\"blocks\":\"1\"", "\"blocks\":\"1024\"", "too few for the 1024 convs", 0},
-    {"\"blocks\":\"1\"", "\"blocks\":\"1025\"", "blocks is 1025", 0},
-    {"\"dilations\":\"1\"", "\"dilations\":\"\"", "for dilations", 0},
-    {"\"dilations\":\"1\"", "\"dilations\":\"0\"", "dilation 0 is 0", 0},
-    {"\"dilations\":\"1\"", "\"dilations\":\"1,\"", "for dilations", 0},
-    {"\"dilations\":\"1\"", "\"dilations\":\",1\"", "for dilations", 0},
-    {"\"dilations\":\"1\"", "\"dilations\":\"1,,1\"", "for dilations", 0},
-    {"\"dilations\":\"1\"", "\"dilations\":\"1048577\"", "dilation 0 is 1048577", 0},
-    {"\"dilations\":\"1\"",
-     "\"dilations\":\"1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1\"",
-     "for dilations", 0},
-    {"\"prenorm\"", "\"other\"", "invalid value other for block_form", 0},
-    {"\"prenorm\"", "\"paper\"", "blocks.0.norm.0.bias is not of this model", 0},
+    {"\"gelu\"", "\"relu\"", "invalid value relu for activation", 0},
+    {"\"gelu\"", "\"\"", "for activation", 0},
+    {"\"activation\":\"gelu\",", "", "nothing for activation", 0},
+    {"\"units\":\"conv:2:1\",", "", "nothing for units", 0},
+    {"conv:2:1", "conv:3:1", "has shape (2,2,2), expected (2,2,3)", 0},
+    {"conv:2:1", "conv:257:1", "taps of conv is 257", 0},
+    {"conv:2:1", "conv:0:1", "taps of conv is 0", 0},
+    {"conv:2:1", "2x(conv:2:1)", "units.1.conv.weight is missing", 0},
+    {"conv:2:1", "1024x(conv:2:1)", "too few for the 1024 units", 0},
+    {"conv:2:1", "4096x(conv:2:1)", "too few for the 4096 units", 0},
+    {"conv:2:1", "4097x(conv:2:1)", "too deep", 0},
+    {"conv:2:1", "", "no unit", 0},
+    {"conv:2:1", " ", "no unit", 0},
+    {"conv:2:1", "conv:2:0", "dilation of conv is 0", 0},
+    {"conv:2:1", "conv:2:1,", "expected a space", 0},
+    {"conv:2:1", "conv:2:", "expected a number", 0},
+    {"conv:2:1", "conv::2:1", "expected a number", 0},
+    {"conv:2:1", "conv:2:-1", "expected a number", 0},
+    {"conv:2:1", "conv:2:1048577", "dilation of conv is 1048577", 0},
+    {"conv:2:1", "conv:2:4294967297", "nine digits", 0},
+    {"conv:2:1", "conv:2:1:1", "at most 2 numbers", 0},
+    {"conv:2:1", "conv:2:1:relu", "expected a number or an activation", 0},
+    {"conv:2:1",
+     "block:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1",
+     "at most 33 numbers", 0},
+    {"conv:2:1", "(conv:2:1", "without its ')'", 0},
+    {"conv:2:1", "((((((((((((((((((((((((((((((((", "nested", 0},
+    {"conv:2:1", "other:2:1", "expected a mixer", 0},
+    {"conv:2:1", "\\u001b[31m", "expected a mixer", 0},
+    {"conv:2:1", HUNDRED HUNDRED HUNDRED, "expected a mixer", 0},
+    {"conv:2:1", HUNDRED HUNDRED HUNDRED HUNDRED HUNDRED HUNDRED HUNDRED HUNDRED HUNDRED HUNDRED
+     HUNDRED, "for units", 0},
+    {"conv:2:1", "block:2:1", "units.0.conv.0.weight is missing", 0},
+    {"units.0.norm.bias", "units.0.norm.bia5", "units.0.norm.bias is missing", 0},
     {"\"tie\":\"yes\"", "\"tie\":\"maybe\"", "invalid value maybe for tie", 0},
     {"\"tie\":\"yes\"", "\"tie\":\"no\"", "proj.weight is missing", 0},
     {"\"softcap\":\"0\"", "\"softcap\":\"-1\"", "softcap is -1", 0},
@@ -723,7 +752,7 @@ static void test_values(const uint8_t *plain, size_t n) {
     for (int i = 0; i < 4; i++) {
         for (int b = 0; b < 4; b++) file[n - 12 + (size_t)b] = (uint8_t)(bad[i] >> (8 * b));
         bool opens = checkpoint_parse(&ck, "FILE", file, n, &e) == 0;
-        refusals += opens && checkpoint_read(&ck, "", host, &e) && says(&e, "norm_out.bias");
+        refusals += opens && checkpoint_read(&ck, "", host, &e) && says(&e, "units.0.norm.bias");
         checkpoint_close(&ck);
     }
     check(refusals == 4, "infinities and NaNs are refused: %s", e.text);
@@ -793,8 +822,8 @@ static void check_fails(const char *arguments, int status, const char *fault) {
     free(line);
 }
 
-static const Config use = {.channels = 24, .latent = 20, .taps = 3, .blocks = 2, .n_dilations = 2,
-                           .dilations = {1, 3}, .softcap = 6};
+static const Config use = {.channels = 24, .latent = 20, .activation = ACT_gelu,
+                           .units = "2x(block:3:1:3)", .softcap = 6};
 
 enum { LONG_FILE = 110000 };  // more than two rounds of windows
 
@@ -805,7 +834,7 @@ static void make_files(void) {
     save_or_die(in_folder("m.safetensors"), &m);
     save_or_die(in_folder("other.safetensors"), &other);
     other.config.softcap = 0;
-    for (size_t i = 0; i < V; i++) other.params[other.head_bias + i] = i % 2 ? 1000 : -1000;
+    for (size_t i = 0; i < V; i++) other.params[other.head.bias + i] = i % 2 ? 1000 : -1000;
     save_or_die(in_folder("sure.safetensors"), &other);
     model_free(&m);
     model_free(&other);
@@ -1063,8 +1092,10 @@ int main(void) {
     need(mkdtemp(folder) != NULL, "a temporary folder");
     test_streaming();
     test_sampling();
-    test_round_trip(&tiny, "pre-norm, tied");
-    test_round_trip(&use, "paper, softcap");
+    test_round_trip(&tiny, "a conv, tied");
+    test_round_trip(&use, "blocks, softcap");
+    test_round_trip(&(Config){.channels = 3, .latent = 5, .activation = ACT_lrelu2,
+                              .units = "2x( conv:3:5 block:2:1:9:none )conv"}, "mixed");
     test_layout();
     test_state();
     test_failed_writes();

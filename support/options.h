@@ -1,21 +1,22 @@
-// cli.h: what the programs (train, sample, bench) share on the command line: one table of options
-// that both parses and explains, whole files into memory, the clock. Included once per program.
+// options.h: what the programs (train, sample, bench) share on the command line: one table of
+// options that both parses and explains, whole files into memory, the clock. Included once each.
 //
 //   Option table[] = {{"steps", OPT_INT, &steps, 1, 1e9, "N", "optimizer steps"}, ...};
 //   parse_options(&cli, argc, argv);     exits with status 2 and one line on wrong usage
-#ifndef CLI_H
-#define CLI_H
+#ifndef OPTIONS_H
+#define OPTIONS_H
 
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "kernels.h"
 #include "model.h"
+#include "support/gpu.h"
 
 typedef enum {
     OPT_SECTION,  // a heading in --help; nothing to parse
@@ -24,13 +25,8 @@ typedef enum {
     OPT_SEED,     // uint64_t, all of it
     OPT_REAL,     // double within [min, max]
     OPT_TEXT,     // const char *
-    OPT_INTS,     // IntList, each within [min, max]
     OPT_CHOICE,   // int: an index into choices
 } OptionKind;
-
-typedef struct {
-    int n, v[MAX_DILATIONS];
-} IntList;
 
 typedef struct {
     const char *name;  // without the leading --
@@ -54,8 +50,6 @@ enum { NOT_SAVED, SAVED };
 #define NUMBER(name, saved, p, min, max, arg, help) \
     {name, OPT_REAL, p, min, max, arg, help, NULL, saved, 0}
 #define TEXT(name, saved, p, arg, help) {name, OPT_TEXT, p, 0, 0, arg, help, NULL, saved, 0}
-#define INTS(name, saved, p, min, max, arg, help) \
-    {name, OPT_INTS, p, min, max, arg, help, NULL, saved, 0}
 #define CHOICE(name, saved, p, choices, arg, help) \
     {name, OPT_CHOICE, p, 0, 0, arg, help, choices, saved, 0}
 
@@ -95,15 +89,20 @@ static inline const char *option_text(const Option *o, char *buffer, size_t size
         case OPT_TEXT:
             if (*(const char **)o->value) snprintf(buffer, size, "%s", *(const char **)o->value);
             break;
-        case OPT_INTS: {
-            const IntList *list = o->value;
-            for (int i = 0; i < list->n; i++) {
-                size_t used = strlen(buffer);
-                snprintf(buffer + used, size - used, i ? ",%d" : "%d", list->v[i]);
-            }
-            break;
-        }
         case OPT_CHOICE: snprintf(buffer, size, "%s", o->choices[*(int *)o->value]); break;
+    }
+    return buffer;
+}
+
+// The backends of this build by name: the CPU's, then the GPU's.
+static const Backend *const cpu_backends[] = {&plain_backend, &cpu_backend};
+static inline const char *kernel_names(char *buffer, size_t size) {
+    int n;
+    const char *const *names = gpu_backend_names(&n);
+    snprintf(buffer, size, "%s %s", cpu_backends[0]->name, cpu_backends[1]->name);
+    for (int j = 0; j < n; j++) {
+        size_t used = strlen(buffer);
+        snprintf(buffer + used, size - used, " %s", names[j]);
     }
     return buffer;
 }
@@ -123,10 +122,8 @@ static inline void print_help(const Cli *cli) {
             printf(":");
             for (int j = 0; o->choices[j]; j++) printf(" %s", o->choices[j]);
         } else if (strcmp(o->name, "kernels") == 0) {  // its choices depend on the build
-            int n;
-            const char *const *names = gpu_backend_names(&n);
-            printf("%s", n ? ":" : ": none in this build");
-            for (int j = 0; j < n; j++) printf(" %s", names[j]);
+            char names[128];
+            printf(": %s", kernel_names(names, sizeof names));
         }
         bool off = o->kind == OPT_FLAG && !*(bool *)o->value;  // not worth a word
         if (!off && *option_text(o, value, sizeof value)) printf(" [%s]", value);
@@ -136,14 +133,13 @@ static inline void print_help(const Cli *cli) {
     printf("  %-24s %s\n", "--help", "this text");
 }
 
-// One number of text, all of it, within o's range; *end is where it stopped at a comma.
-static inline double parse_number(const Cli *cli, const Option *o, const char *text, char **end) {
-    char expected[160];
+// One number, all of text, within o's range.
+static inline double parse_number(const Cli *cli, const Option *o, const char *text) {
+    char expected[160], *end;
     bool fraction = o->kind == OPT_REAL;
     errno = 0;
-    double x = fraction ? strtod(text, end) : (double)strtoll(text, end, 10);
-    bool stop = **end == 0 || (o->kind == OPT_INTS && **end == ',');
-    if (*end == text || errno || !stop || !(x >= o->min && x <= o->max)) {
+    double x = fraction ? strtod(text, &end) : (double)strtoll(text, &end, 10);
+    if (end == text || errno || *end || !(x >= o->min && x <= o->max)) {
         snprintf(expected, sizeof expected, "'%.60s', expected %s from %.15g to %.15g", text,
                  fraction ? "a number" : "a whole number", o->min, o->max);
         usage_error(cli, "--%s is %s", o->name, expected);
@@ -157,7 +153,7 @@ static inline void parse_value(const Cli *cli, Option *o, const char *text) {
         case OPT_SECTION:
         case OPT_FLAG: break;
         case OPT_INT:
-            parse_number(cli, o, text, &end);
+            parse_number(cli, o, text);
             *(int64_t *)o->value = strtoll(text, NULL, 10);  // exact above 2^53, too
             break;
         case OPT_SEED:
@@ -167,18 +163,8 @@ static inline void parse_value(const Cli *cli, Option *o, const char *text) {
                 usage_error(cli, "--%s is '%s', expected a whole number from 0 to 2^64-1", o->name,
                             text);
             break;
-        case OPT_REAL: *(double *)o->value = parse_number(cli, o, text, &end); break;
+        case OPT_REAL: *(double *)o->value = parse_number(cli, o, text); break;
         case OPT_TEXT: *(const char **)o->value = text; break;
-        case OPT_INTS: {
-            IntList *list = o->value;
-            list->n = 0;
-            for (end = (char *)text - 1; end < text || *end == ','; list->n++) {
-                if (list->n == MAX_DILATIONS)
-                    usage_error(cli, "--%s is '%s', which has too many values", o->name, text);
-                list->v[list->n] = (int)parse_number(cli, o, end + 1, &end);
-            }
-            break;
-        }
         case OPT_CHOICE: {
             char list[160] = "";
             for (int j = 0; o->choices[j]; j++) {
@@ -296,14 +282,27 @@ static inline int read_whole(const char *path, uint8_t **bytes, size_t *n, Error
 }
 
 // The backend for --device auto|cpu|cuda and --kernels NAME (NULL: the fastest). auto takes the GPU
-// where there is one that works, and says why not where not.
+// where there is one that works, and says why not where not; a name decides where it runs.
 static inline int choose_backend(const Backend **backend, const char *device, const char *kernels,
                                  Error *e) {
-    *backend = &cpu_backend;
-    if (strcmp(device, "cpu") == 0)
-        return kernels ? fail(e, "--kernels %s is for --device cuda", kernels) : 0;
+    bool on_cpu = strcmp(device, "cpu") == 0, known = kernels == NULL;
     int n;
     const char *const *names = gpu_backend_names(&n);
+    *backend = &cpu_backend;
+    for (int i = 0; i < 2 && kernels; i++) {
+        if (strcmp(kernels, cpu_backends[i]->name) != 0) continue;
+        *backend = cpu_backends[i];
+        return strcmp(device, "cuda") == 0
+                   ? fail(e, "--kernels %s runs on the CPU: leave --device cuda out", kernels)
+                   : 0;
+    }
+    for (int i = 0; i < n && !known; i++) known = strcmp(kernels, names[i]) == 0;
+    if (!known && n) {
+        char list[128];
+        return fail(e, "no kernels named '%.40s', expected one of: %s", kernels,
+                    kernel_names(list, sizeof list));
+    }
+    if (on_cpu) return kernels ? fail(e, "--kernels %s is for --device cuda", kernels) : 0;
     const Backend *gpu = gpu_backend(kernels ? kernels : n ? names[n - 1] : "tiled", e);
     if (gpu) {
         *backend = gpu;

@@ -5,6 +5,7 @@
 #define TEST_H
 
 #include "model.h"
+#include "support/arithmetic.h"
 
 #include <stdarg.h>
 #include <stdio.h>

@@ -1,27 +1,29 @@
-// kernel_check.c: one GPU kernel at a time against the CPU: what test_kernels.c calls for every row
-// of the kernel table, what the self-test before training calls, and what times a row.
+// kernel_check.c: one GPU kernel at a time against the CPU: what tests/test_kernels.c calls for
+// every row of the kernel table, what the self-test before training calls, and what times a row.
 //
-// Read first: kernels.h (the table), model.h (the contracts that are checked here).
+// Read first: backend.h (the contracts that are checked here), gpu.h (the table).
 //
 // Every entry of Backend has one function below that lays out its operands and calls it, written
 // once and run on both sides: the CPU's table and one with the row under test. Inputs are the same
-// numbers on both. Outputs and scratch are full of NaN before every launch, except those that are
-// added to: these start from the same numbers on both sides.
+// numbers on both. Outputs and workspaces are full of NaN before every launch, except those that
+// are added to: these start from the same numbers on both sides.
 //
 // A row on bf16 activations rounds what it is given, weights of convolutions included. So it is
 // compared twice: with the CPU on the numbers as they were, and, more closely, with the CPU on the
 // same numbers rounded first. What then is left is the rounding of what the kernel stores, at most
 // 2^-8 of a value and about 1.6e-3 of a tensor, once or, through an activation, twice.
-#include "kernels.h"
+#include "support/gpu.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "support/arithmetic.h"
+
 enum { MOST_BUFFERS = 24 };
 
-typedef enum { IN, OUT, ADD, WORK } Role;  // ADD: read and written
+typedef enum { IN, OUT, ADD, WORKSPACE } Role;  // ADD: read and written
 // WEIGHTS: of a convolution, which bf16 rounds. PRE: activations as a forward with dropout stores
-// them, every seventh DROPPED.
+// them, every seventh dropped.
 typedef enum { REALS, WEIGHTS, ACTS, PRE } Kind;
 
 typedef struct {
@@ -38,10 +40,11 @@ typedef struct Side {
     void (*run)(struct Side *);  // lays out the operands and makes the call
     bool rounded;                // activations and weights are made such as bf16 holds
     ConvShape s;
-    int variant;
+    Activation activation;
+    int variant;  // 0 to CHECK_VARIANTS - 1
     bool exact, failed;
     bool fill;   // operands are (re)set on their way; otherwise they stay
-    bool timed;  // the paper's configuration: no dropout
+    bool timed;  // as the paper's configuration runs it: no dropout in an epilogue
     uint64_t seed;
     Buffer buffers[MOST_BUFFERS];
     int count, next;
@@ -98,12 +101,12 @@ static void *operand(Side *s, const char *name, Role role, Kind kind, size_t n) 
         s->failed = true;
         return NULL;
     }
-    if (role == OUT || role == WORK)
+    if (role == OUT || role == WORKSPACE)
         fill_with_nan(host, n);
     else
         for (size_t i = 0; i < n; i++) {
             host[i] = input_value(s, salt, i);
-            if (kind == PRE && i % 7 == 3) host[i] = DROPPED;
+            if (kind == PRE && i % 7 == 3) host[i] = act_dropped(s->activation);
             if (s->rounded && kind != REALS) host[i] = as_bf16(host[i]);
         }
     if (is_act)
@@ -127,9 +130,9 @@ static real *weights(Side *s, const char *name, size_t n) {
     if (w && s->fill && s->timed && s->be->sync_params) s->be->sync_params(w, n);
     return w;
 }
-static void *scratch(Side *s, size_t N, int K, int width, size_t n) {
+static void *workspace(Side *s, size_t N, int K, int width, size_t n) {
     size_t bytes = s->be->work_bytes(N, K, width, n);
-    return operand(s, "work", WORK, REALS, (bytes + 3) / 4);
+    return operand(s, "workspace", WORKSPACE, REALS, (bytes + 3) / 4);
 }
 
 // Integers; inputs are uniform in low..high.
@@ -184,18 +187,20 @@ static StepState *state_in(Side *s, uint32_t step) {
     return p;
 }
 
-// Odd variants drop; the rows start somewhere in a larger batch: in the middle of the 16 rows that
-// share their draws, or with them and beyond 2^32 draws.
-static Dropout dropout_in(Side *s) {
+// The rows start somewhere in a larger batch: in the middle of the 16 rows that share their draws,
+// or, `far`, with them and beyond 2^32 draws. Sums that must be exact are not scaled.
+static Dropout dropout_in(Side *s, bool drops, bool far) {
     Dropout d = {.seed = s->seed, .purpose = RNG_DROPOUT + 3, .first = 5, .scale = 1};
     d.state = state_in(s, 7);
-    if (s->variant == 3) d.first = ((uint64_t)1 << 34) + 48;
-    if (s->variant % 2 && !s->exact && !s->timed) d.threshold = 51, d.scale = 256 / 205.0f;
+    if (far) d.first = ((uint64_t)1 << 34) + 48;
+    if (drops) d.threshold = 51, d.scale = s->exact ? 1 : 256 / 205.0f;
     return d;
 }
 
-// With which a backward's stored_pre was dropped out.
-static float backward_scale(const Side *s) { return s->variant % 2 ? 1.25f : 1; }
+// A backward's epilogue: the activation, and the scale with which its stored_pre was dropped out.
+static Epilogue backward_epilogue(const Side *s) {
+    return (Epilogue){.activation = s->activation, .drop.scale = s->variant % 2 ? 1.25f : 1};
+}
 
 // ---- One function per entry of Backend ---------------------------------------------------------
 
@@ -209,7 +214,7 @@ static void run_embed_forward(Side *s) {
     const int *ids = ints(s, "ids", IN, N, 0, BYTE_DROPPED);
     const real *table = reals(s, "table", IN, (size_t)V * C), *gain = reals(s, "gain", IN, C);
     const real *bias = reals(s, "bias", IN, C);
-    void *work = scratch(s, N, 1, wider(C, V), 1);
+    void *work = workspace(s, N, 1, wider(C, V), 1);
     if (!s->failed) s->be->embed_forward(x, ids, table, gain, bias, N, C, work);
 }
 
@@ -225,7 +230,7 @@ static void run_embed_backward(Side *s) {
     // Variants 2 and 3: a few byte values only, so that each has many rows.
     const int *ids = ints(s, "ids", IN, N, s->variant < 2 ? 0 : BYTE_DROPPED - 2, BYTE_DROPPED);
     const real *table = reals(s, "table", IN, (size_t)V * C), *gain = reals(s, "gain", IN, C);
-    void *work = scratch(s, N, 1, wider(C, V), 1);
+    void *work = workspace(s, N, 1, wider(C, V), 1);
     if (!s->failed)
         s->be->embed_backward(dtable, dgain, dbias, dx, ids, table, gain, N, C, work);
 }
@@ -239,63 +244,84 @@ static void run_norm_forward(Side *s) {
     if (!s->failed) s->be->norm_forward(out, x, gain, bias, N, C);
 }
 
-// Variant 0: plain. 1: accumulated, and forward's output again (not timed). 2: dx over x, and on
+// Variant 0: dx. 1: accumulated, and forward's output recomputed (not timed). 2: dx over x, and on
 // through the activation below, as under the head. 3: all of it, the output over x, as in a unit.
+// With other activations than GELU 0 and 1, too, go on through it.
 static void run_norm_backward(Side *s) {
     size_t N = rows_of(s);
     int C = s->s.C;
-    bool accumulate = s->variant % 2 == 1, in_place = s->variant == 2, over = s->variant == 3;
-    act *dx = acts(s, "dx", accumulate || in_place ? ADD : OUT, N * C);
+    Epilogue e = backward_epilogue(s);
+    bool in_place = s->variant == 2, over = s->variant == 3;
+    e.accumulate = s->variant % 2 == 1;
+    e.dx = acts(s, "dx", e.accumulate || in_place ? ADD : OUT, N * C);
     last_is_norm_gradient(s);
     real *dgain = reals(s, "dgain", ADD, C), *dbias = reals(s, "dbias", ADD, C);
     last_is_exact(s);
-    act *pre = s->variant >= 2 ? stored_pre(s, N * C) : NULL;
-    if (pre) last_is_norm_gradient(s);
+    if (s->variant >= 2 || s->activation != ACT_gelu) {
+        e.pre = stored_pre(s, N * C);
+        last_is_norm_gradient(s);
+    }
     const act *dout = acts(s, "dout", IN, N * C);
-    act *x = in_place ? dx : acts(s, over ? "again" : "x", over ? ADD : IN, N * C);
-    act *again = over ? x : accumulate && !s->timed ? acts(s, "again", OUT, N * C) : NULL;
+    act *x = in_place ? e.dx : acts(s, over ? "again" : "x", over ? ADD : IN, N * C);
+    act *again = over ? x : e.accumulate && !s->timed ? acts(s, "again", OUT, N * C) : NULL;
     const real *gain = reals(s, "gain", IN, C), *bias = reals(s, "bias", IN, C);
-    void *work = scratch(s, N, 1, wider(C, V), 1);
+    void *work = workspace(s, N, 1, wider(C, V), 1);
     if (!s->failed)
-        s->be->norm_backward(dx, dgain, dbias, again, pre, dout, x, gain, bias, backward_scale(s),
-                             N, C, accumulate, work);
+        s->be->norm_backward(again, dgain, dbias, dout, x, gain, bias, e, N, C, work);
 }
 
-// Variant 0: linear, into pre. 1: dropout. 2: residual. 3: dropout, and out over the residual.
-// Exact: a linear map with and without bias.
+// Beside x, w and b, and beside out:
+//     variant   none, a linear layer          gelu             lrelu2 and any other
+//        0      nothing                       nothing          out over residual      (inference)
+//        1      residual, dropout: an MLP's   pre, dropout     pre, dropout
+//        2      residual                      pre, residual    pre, residual
+//        3      pre, dropout, out over residual: with each
+// Exact: the sums as pre holds them, and out where there is no activation; 1 is without bias. Here
+// every value that dropout takes or leaves shows, also where it leaves no DROPPED.
 static void run_conv_forward(Side *s) {
     ConvShape c = s->s;
     size_t N = rows_of(s), n = N * c.O;
-    bool linear = s->exact || s->variant == 0;
-    act *pre = acts(s, "pre", OUT, n);
-    last_is_exact(s);
+    int v = s->variant;
+    bool linear = s->activation == ACT_none, gelu = s->activation == ACT_gelu;
+    bool over = v == 3 || (v == 0 && !linear && !gelu), beside = v == 2 || (v == 1 && linear);
+    Epilogue e = {.activation = s->activation};
+    if (linear ? v == 3 : v > 0 || s->exact) {
+        e.pre = acts(s, "pre", OUT, n);
+        last_is_exact(s);
+    }
     const act *x = acts(s, "x", IN, N * c.C);
     const real *w = weights(s, "w", (size_t)c.K * c.C * c.O), *b = reals(s, "b", IN, c.O);
-    void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
-    Dropout drop = dropout_in(s);
-    act *out = linear ? NULL : acts(s, "out", s->variant == 3 ? ADD : OUT, n);
-    const act *res = linear ? NULL : s->variant == 2 ? acts(s, "res", IN, n) : NULL;
-    if (s->variant == 3) res = out;
-    if (s->exact && s->variant == 1) b = NULL;
-    if (!s->failed) s->be->conv_forward(out, pre, x, w, b, res, drop, c, work);
+    void *work = workspace(s, N, c.K, wider(wider(c.C, c.O), V), 1);
+    e.drop = dropout_in(s, v % 2 && !s->timed, v == 3);
+    e.out = acts(s, "out", over ? ADD : OUT, n);
+    if (linear) last_is_exact(s);
+    e.residual = over ? e.out : beside ? acts(s, "residual", IN, n) : NULL;
+    if (s->exact && v == 1) b = NULL;
+    if (!s->failed) s->be->conv_forward(x, w, b, e, c, work);
 }
 
-// Variant 0: plain. 1: on through the activation below, whose output is made again; dx not wanted.
-// 2: accumulated. 3: accumulated, and on through the activation. Exact: the sums alone.
+// With GELU.  Variant 0: dx. 1: on through the activation below, whose output is recomputed; dx is
+// not wanted. 2: dx accumulated. 3: accumulated, and on through the activation.
+// With other activations 0 goes on through it, 2 makes nothing but its gradient, 3 recomputes its
+// output, too. Exact: the sums in dx, so that dx is always there.
 static void run_conv_backward_input(Side *s) {
     ConvShape c = s->s;
     size_t N = rows_of(s), n = N * c.C;
-    bool made_again = s->variant == 1 && !s->exact, on = made_again || s->variant == 3;
-    bool accumulate = s->variant >= 2;
-    act *dx = made_again ? NULL : acts(s, "dx", accumulate ? ADD : OUT, n);
-    if (dx) last_is_exact(s);
-    act *pre = on ? stored_pre(s, n) : NULL;
-    act *a = made_again ? acts(s, "a", OUT, n) : NULL;
+    int v = s->variant;
+    bool gelu = s->activation == ACT_gelu;
+    bool without_dx = !s->exact && (v == 1 || (v == 2 && !gelu));
+    Epilogue e = backward_epilogue(s);
+    e.accumulate = v >= 2 && !without_dx;
+    if (!without_dx) {
+        e.dx = acts(s, "dx", e.accumulate ? ADD : OUT, n);
+        last_is_exact(s);
+    }
+    if (without_dx || v == 3 || !gelu) e.pre = stored_pre(s, n);
+    if (e.pre && (gelu ? without_dx : v % 2 == 1)) e.out = acts(s, "out", OUT, n);
     const act *dy = acts(s, "dy", IN, N * c.O);
     const real *w = weights(s, "w", (size_t)c.K * c.C * c.O);
-    void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
-    if (!s->failed)
-        s->be->conv_backward_input(dx, pre, a, dy, w, backward_scale(s), c, accumulate, work);
+    void *work = workspace(s, N, c.K, wider(wider(c.C, c.O), V), 1);
+    if (!s->failed) s->be->conv_backward_input(dy, w, e, c, work);
 }
 
 // Variant 2: two to MAX_WEIGHT_JOBS layers, of other dilations, in one call. 3: no bias gradient.
@@ -307,7 +333,7 @@ static void run_conv_backward_weight(Side *s) {
     real *db = reals(s, "db", ADD, c.O);
     last_is_exact(s);
     const act *x = acts(s, "x", IN, N * c.C), *dy = acts(s, "dy", IN, N * c.O);
-    void *work = scratch(s, N, c.K, wider(wider(c.C, c.O), V), 1);
+    void *work = workspace(s, N, c.K, wider(wider(c.C, c.O), V), 1);
     WeightJob jobs[MAX_WEIGHT_JOBS] = {{dw, s->variant == 3 ? NULL : db, x, dy, c.dil}};
     int n = s->variant == 2 ? 2 + c.T % (MAX_WEIGHT_JOBS - 1) : 1;
     for (int i = 1; i < n; i++) {
@@ -318,6 +344,18 @@ static void run_conv_backward_weight(Side *s) {
         jobs[i] = (WeightJob){dw_i, db_i, x, dy, c.dil + i};
     }
     if (!s->failed) s->be->conv_backward_weight(jobs, n, c, work);
+}
+
+// Variant 0: first in the middle of 16 rows. 1: beyond 2^32 draws. 2: over dout. 3: nothing drops.
+// Exact: every value that is dropped or kept shows.
+static void run_dropout_backward(Side *s) {
+    size_t n = rows_of(s) * s->s.C;
+    bool in_place = s->variant == 2;
+    act *dy = acts(s, "dy", in_place ? ADD : OUT, n);
+    last_is_exact(s);
+    const act *dout = in_place ? dy : acts(s, "dout", IN, n);
+    Dropout drop = dropout_in(s, s->variant != 3, s->variant == 1);
+    if (!s->failed) s->be->dropout_backward(dy, dout, drop, rows_of(s), s->s.C);
 }
 
 // Variant 1: softcap. 2: losses only. 3: every fourth row or so is not scored.
@@ -350,7 +388,7 @@ static void run_add_losses(Side *s) {
     size_t N = rows_of(s) * (s->timed ? 1 : (size_t)s->s.C);
     StepState *state = state_in(s, 0);
     const real *losses = reals(s, "losses", IN, N);
-    void *work = scratch(s, N, 1, V, 1);
+    void *work = workspace(s, N, 1, V, 1);
     if (!s->failed) s->be->add_losses(state, losses, N, work);
     state_out(s, state, 0);
     last_is_exact(s);
@@ -386,7 +424,7 @@ static void run_optimize(Side *s) {
     real *params = reals(s, "params", ADD, n), *m = reals(s, "m", ADD, n);
     real *v = reals(s, "v", ADD, n), *ema = reals(s, "ema", ADD, n);
     real *grads = reals(s, "grads", ADD, n), *host = malloc(bytes);
-    void *work = scratch(s, 1, 1, 1, n);
+    void *work = workspace(s, 1, 1, 1, n);
     StepState *state = state_in(s, 9);
     if (host && !s->failed && s->fill) {  // v is a mean of squares: not below 0
         for (size_t i = 0; i < n; i++) host[i] = (real)fabs((double)input_value(s, 99, i));
@@ -403,21 +441,23 @@ static void run_optimize(Side *s) {
 typedef struct {
     const char *op;
     void (*run)(Side *);
-    bool sums;  // has outputs that are sums of its inputs: exact for integers
+    bool sums;       // has outputs that are exact for integers: sums of its inputs
+    bool activates;  // its epilogue has an activation
 } Op;
 
 static const Op ops[] = {
-    {"embed_forward", run_embed_forward, false},
-    {"embed_backward", run_embed_backward, true},
-    {"norm_forward", run_norm_forward, false},
-    {"norm_backward", run_norm_backward, true},
-    {"conv_forward", run_conv_forward, true},
-    {"conv_backward_input", run_conv_backward_input, true},
-    {"conv_backward_weight", run_conv_backward_weight, true},
-    {"cross_entropy", run_cross_entropy, false},
-    {"add_losses", run_add_losses, true},
-    {"draw_batch", run_draw_batch, true},
-    {"optimize", run_optimize, false},
+    {"embed_forward", run_embed_forward, false, false},
+    {"embed_backward", run_embed_backward, true, false},
+    {"norm_forward", run_norm_forward, false, false},
+    {"norm_backward", run_norm_backward, true, true},
+    {"conv_forward", run_conv_forward, true, true},
+    {"conv_backward_input", run_conv_backward_input, true, true},
+    {"conv_backward_weight", run_conv_backward_weight, true, false},
+    {"dropout_backward", run_dropout_backward, true, false},
+    {"cross_entropy", run_cross_entropy, false, false},
+    {"add_losses", run_add_losses, true, false},
+    {"draw_batch", run_draw_batch, true, false},
+    {"optimize", run_optimize, false, false},
 };
 
 static const Op *find_op(const char *name) {
@@ -425,6 +465,13 @@ static const Op *find_op(const char *name) {
         if (strcmp(ops[i].op, name) == 0) return &ops[i];
     return NULL;
 }
+
+// The first CHECK_VARIANTS variants are with GELU, so many again with every other activation.
+static Activation activation_of_variant(int variant) {
+    return (Activation)((ACT_gelu + variant / CHECK_VARIANTS) % N_ACTIVATIONS);
+}
+#define ACTIVATION_NAME(name) #name,
+static const char *const activation_name[] = {ACTIVATIONS(ACTIVATION_NAME)};
 
 // ---- Comparing ---------------------------------------------------------------------------------
 
@@ -441,6 +488,7 @@ static void read_buffer(const Side *s, const Buffer *b, real *host) {
 }
 
 // What is DROPPED must be so on both sides, and counts no further: beside it nothing else would.
+// (What an activation with another dropped value stores, 0, is a value like all others.)
 static double relative_error(const Buffer *b, const real *out, const real *ref) {
     double diff = 0, norm = 0;
     for (size_t i = 0; i < b->n; i++) {
@@ -455,19 +503,22 @@ static double relative_error(const Buffer *b, const real *out, const real *ref) 
 // Relative errors of a tensor with random inputs. For bf16 with two exceptions. LayerNorm of a few
 // channels divides by their spread, which rounding moves far, or puts out its bias only. And of a
 // few values each may have all of a rounding, or cancel. WRITTEN only finds what is NaN or absurd.
+// A square doubles the relative error of what it is the square of.
 #define FLOAT_TOLERANCE 1e-5
 #define WRITTEN 100
 enum { NARROW = 8, FEW = 256 };
 
-static double tolerance_of(const Kernel *k, ConvShape s, bool rounded) {
-    if (k->act_bytes != 2) return FLOAT_TOLERANCE;
-    if (s.C < NARROW) return rounded ? 8e-3 : WRITTEN;
-    return rounded ? 3e-3 : 1e-2;
+static double tolerance_of(const Kernel *k, ConvShape s, Activation f, bool rounded) {
+    int steeper = f == ACT_none || f == ACT_gelu ? 1 : 2;
+    if (k->act_bytes != 2) return steeper * FLOAT_TOLERANCE;
+    if (s.C < NARROW) return rounded ? steeper * 8e-3 : WRITTEN;
+    return steeper * (rounded ? 3e-3 : 1e-2);
 }
 
 // All outputs of both sides. Integers always, and sums of integers where asked, bit for bit.
-static int compare_sides(const Side *gpu, const Side *cpu, double tolerance, KernelCheck *r,
+static int compare_sides(const Kernel *k, const Side *gpu, const Side *cpu, KernelCheck *r,
                          Error *e) {
+    const double tolerance = tolerance_of(k, gpu->s, gpu->activation, cpu->rounded);
     for (int i = 0; i < gpu->count; i++) {
         const Buffer *b = &gpu->buffers[i];
         if (b->role != OUT && b->role != ADD) continue;
@@ -483,11 +534,13 @@ static int compare_sides(const Side *gpu, const Side *cpu, double tolerance, Ker
         r->compared++;
         double error = bits ? (double)(memcmp(out, ref, b->n * sizeof *out) != 0)
                             : relative_error(b, out, ref);
-        bool few = b->n < FEW && tolerance > FLOAT_TOLERANCE;
+        bool few = b->n < FEW && k->act_bytes == 2;
         bool ok = error <= (bits ? 0 : few ? WRITTEN : tolerance);
         if (!ok || (!few && !(error <= r->error))) {
+            bool other = gpu->activation != ACT_gelu;
             r->error = error;
-            snprintf(r->where, sizeof r->where, "%s%s", b->name,
+            snprintf(r->where, sizeof r->where, "%s%s%s%s", b->name, other ? ", activation " : "",
+                     other ? activation_name[gpu->activation] : "",
                      cpu->rounded ? ", operands rounded" : "");
         }
         if (!ok) r->passed = false;
@@ -511,8 +564,8 @@ static const Side *cpu_side(const Side *like, bool rounded) {
     static Side both[2];
     Side *kept = &both[rounded];
     if (kept->run == like->run && memcmp(&kept->s, &like->s, sizeof kept->s) == 0 &&
-        kept->variant == like->variant && kept->exact == like->exact && kept->seed == like->seed &&
-        !kept->failed)
+        kept->activation == like->activation && kept->variant == like->variant &&
+        kept->exact == like->exact && kept->seed == like->seed && !kept->failed)
         return kept;
     close_side(kept);
     *kept = *like;
@@ -529,10 +582,11 @@ int kernel_check(const Kernel *k, ConvShape s, int variant, bool exact, uint64_t
     bool is_bf16 = k->act_bytes == 2;
     if (!op) return fail(e, "%s: no check for the operation %s", k->name, k->op);
     *r = (KernelCheck){.exact = exact, .passed = true};
-    if (exact && !op->sums) return 0;
+    const Activation f = activation_of_variant(variant);
+    if ((exact && !op->sums) || (f != ACT_gelu && !op->activates)) return 0;
     if (backend_of(k, &b, e)) return -1;
-    Side gpu = {.be = &b, .run = op->run, .s = s, .variant = variant, .exact = exact, .fill = true,
-                .seed = seed};
+    Side gpu = {.be = &b, .run = op->run, .s = s, .activation = f,
+                .variant = variant % CHECK_VARIANTS, .exact = exact, .fill = true, .seed = seed};
     const Side *cpu = cpu_side(&gpu, false);
     const Side *cpu_rounded = is_bf16 && !exact ? cpu_side(&gpu, true) : cpu;
     int status = 0;
@@ -543,9 +597,9 @@ int kernel_check(const Kernel *k, ConvShape s, int variant, bool exact, uint64_t
     else if (gpu.failed || cpu->failed || cpu_rounded->failed)
         status = fail(e, "%s: not enough memory for the check", k->name);
     else
-        status = compare_sides(&gpu, cpu, tolerance_of(k, s, false), r, e);
+        status = compare_sides(k, &gpu, cpu, r, e);
     if (status == 0 && r->passed && cpu_rounded != cpu)
-        status = compare_sides(&gpu, cpu_rounded, tolerance_of(k, s, true), r, e);
+        status = compare_sides(k, &gpu, cpu_rounded, r, e);
     close_side(&gpu);
     return status;
 }
@@ -555,16 +609,18 @@ int gpu_selftest(const Backend *b, Error *e) {
         {1, 1, 1, 1, 1, 1}, {3, 37, 33, 31, 3, 4},
         {2, 130, 64, 128, 2, 200}, {1, 257, 36, 132, 3, 2},
     };
+    enum { CHECKS = 9 };  // random inputs, integers, and last another activation
     int n;
     const Kernel *all = gpu_kernels(&n);
     for (int i = 0; i < n; i++) {
         if (memcmp((const char *)b + all[i].entry, &all[i].launch, sizeof all[i].launch) != 0)
             continue;  // not what this backend runs
-        for (int j = 0; j < 8; j++) {
-            ConvShape s = shapes[j % 4];
+        for (int j = 0; j < CHECKS; j++) {
+            bool last = j == CHECKS - 1, exact = j >= 4 && !last;
+            ConvShape s = shapes[last ? 2 : j % 4];
             KernelCheck r;
-            bool exact = j >= 4;
-            if (kernel_check(&all[i], s, j % 4, exact, 1, &r, e)) return -1;
+            if (kernel_check(&all[i], s, last ? CHECK_VARIANTS + 3 : j % 4, exact, 1, &r, e))
+                return -1;
             if (r.passed) continue;
             return fail(e, "self-test: %s is wrong in %s: %s %g (B %d T %d C %d O %d K %d dil %d); "
                            "do not train with this build, try another nvcc or --kernels naive",
@@ -576,25 +632,6 @@ int gpu_selftest(const Backend *b, Error *e) {
 }
 
 // ---- Timing ------------------------------------------------------------------------------------
-
-// Operations, and bytes with every operand moved once, of the variant that is timed.
-static void count_work(const char *op, ConvShape s, size_t size, double *flops, double *bytes) {
-    double N = (double)s.B * s.T, C = s.C, O = s.O, w = s.K * C * O, a = (double)size;
-    double n = N * C;
-    *flops = strncmp(op, "conv", 4) == 0 ? 2 * N * s.K * C * O : 0;
-    *bytes = 0;
-    if (strcmp(op, "embed_forward") == 0) *bytes = a * n + 4 * N;
-    if (strcmp(op, "embed_backward") == 0) *bytes = a * n + 4 * N;
-    if (strcmp(op, "norm_forward") == 0) *bytes = 2 * a * n;
-    if (strcmp(op, "norm_backward") == 0) *bytes = 4 * a * n;            // x, dout, dx read+written
-    if (strcmp(op, "conv_forward") == 0) *bytes = a * (N * (C + 2 * O) + w);  // x, pre, out
-    if (strcmp(op, "conv_backward_input") == 0) *bytes = a * (N * (O + 3 * C) + w);  // dy, 2 pre, a
-    if (strcmp(op, "conv_backward_weight") == 0) *bytes = a * N * (C + O) + 8 * w;
-    if (strcmp(op, "cross_entropy") == 0) *bytes = 2 * a * N * V;
-    if (strcmp(op, "add_losses") == 0) *bytes = 4 * N;
-    if (strcmp(op, "draw_batch") == 0) *bytes = 9 * N;
-    if (strcmp(op, "optimize") == 0) *bytes = 40 * n;  // with the average weights
-}
 
 // Into a graph, too: without `fill` an operation neither allocates nor copies from or to the host.
 static void run_again(void *arg) {
@@ -608,15 +645,20 @@ double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes
     Error e;
     const Op *op = find_op(k->op);
     if (!op || backend_of(k, &b, &e)) return -1;
-    count_work(k->op, s, k->act_bytes, flops, bytes);
     // Variant 1: conv_forward with bias and GELU, out and pre, without residual and dropout, as two
     // thirds of the paper's layers; to the input on through the activation; norm_backward
-    // accumulated, without again and pre; averaged.
-    Side gpu = {.be = &b, .s = s, .variant = 1, .fill = true,
+    // accumulated, without again and pre; dropout's own backward with dropout; averaged.
+    Side gpu = {.be = &b, .s = s, .activation = ACT_gelu, .variant = 1, .fill = true,
                 .timed = true, .seed = 1};
     gpu.run = op->run;
     gpu.run(&gpu);
     gpu.fill = false;
+    // What one call has to do, as its launches count it: every launch of the operation, so that
+    // partial sums that one writes and the next one reads are among the bytes.
+    KernelTime launches[MOST_KERNEL_TIMES];
+    int n = gpu.failed ? 0 : gpu_trace(run_again, &gpu, launches, 0);
+    *flops = *bytes = 0;
+    for (int i = 0; i < n; i++) *flops += launches[i].flops, *bytes += launches[i].bytes;
     double seconds = gpu.failed ? -1 : gpu_time(run_again, &gpu);
     close_side(&gpu);
     if (b.error()) seconds = -1;

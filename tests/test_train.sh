@@ -1,8 +1,8 @@
 #!/bin/sh
 # test_train.sh: the trainer as its user meets it: exact resuming, threads, signals, kills, full
-# disks, odd texts, wrong usage. One line per check; run by `make test`, alone: ./test_train.sh
+# disks, odd texts, wrong usage. One line per check; run by `make test`, alone: tests/test_train.sh
 # Builds nothing; works in a temporary folder that it removes.
-cd "$(dirname "$0")" || exit 1
+cd "$(dirname "$0")/.." || exit 1
 root=$PWD
 work=$(mktemp -d) || exit 1
 pid=
@@ -17,9 +17,9 @@ check() { if [ "$1" = 0 ]; then ok "$2"; else bad "$2"; fi; } # status, name
 
 # A run of about 5 ms a step, with every option that draws random numbers. What matters here is
 # written out: the defaults may change.
-small="--device cpu --channels 48 --blocks 1 --batch 4 --seq 96 --block-form prenorm --tie \
+small="--device cpu --channels 48 --batch 4 --seq 96 --activation gelu --tie \
 --softcap 20 --dropout 0.1 --byte-dropout 0.1 --ema 0.9 --accum 2 --warmup 5 --beta2 0.99 \
---weight-decay 0.1"
+--weight-decay 0.1 --units conv:2:1"
 "$root/data/language" --bytes 20000 >text || exit 1
 train() { "$root/train" "$@" >>"$work/stdout" 2>>"$work/stderr"; }
 start() { "$root/train" "$@" >>"$work/stdout" 2>>"$work/stderr" & pid=$!; } # no subshell between: kill meets it
@@ -97,7 +97,7 @@ train $small --steps 200 --lr 100 --clip 0 --eval-every 1000 --out away text; st
     ! tail -1 "$work/stderr" | grep -q 'stays in'
 check $? "a loss that is not finite stops the run and says so"
 (ulimit -t 20 # a preset that won against options would train for hours
- train --device cpu --preset paper --dilations 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1 --blocks 1 \
+ train --device cpu --preset paper --units block:3:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1 \
     --channels 64 --batch 1 --seq 64 --lr 100 --warmup 0 --steps 1 --out away3 text); status=$?
 [ $status = 1 ] && tail -1 "$work/stderr" | grep -q 'held-out loss is not finite'
 check $? "and so does a held-out loss that is not"
@@ -160,7 +160,8 @@ total=$(grep -o '^[0-9.]* s with saving' message) seconds=${line#*, }
 awk "BEGIN { exit !(${seconds%% *} > 0 && ${seconds%% *} < ${total%% *}) }"
 check $? "which are fewer than the whole run's ($total)"
 want=$(in_windows result/model.safetensors val900)
-near "$(logged result)" "$want" && grep -q "as nanoGPT counts: $(printf %.4f "$want") nats" message
+said=$(sed -n 's/.*as nanoGPT counts: \([0-9.]*\) nats.*/\1/p' message)
+near "$(logged result)" "$want" && awk "BEGIN { exit !(($said - $want) ^ 2 < 1e-8) }"
 check $? "the best in windows of 256 that do not overlap ($(logged result), $want)"
 slid=$(head -1 scores | cut -d' ' -f1)
 near "$slid" "$slid" && ! near "$(logged result)" "$slid"
@@ -193,28 +194,28 @@ settings() { grep '^# --' "$1/log.tsv" | sed 's/^# //; s/ --seed.*\( --eval\)/\1
 option() { settings "$1" | grep -q -e " $2 "; }
 tiny="--device cpu --channels 8 --steps 1 --sample-bytes 0"
 (ulimit -t 20; train --batch 2 $tiny --preset shakespeare --no-at-once --seq 64 --out preset text) &&
-    option preset '--block-form prenorm' && option preset '--tie' && option preset '--batch 2' &&
+    option preset '--activation gelu' && option preset '--tie' && option preset '--batch 2' &&
     option preset '--seq 64' && option preset '--steps 1' && option preset '--no-at-once'
 check $? "--preset shakespeare, and options beside it win, before it or after"
 train $tiny --batch 2 --seq 64 --preset shakespeare --out preset2 text && option preset2 '--at-once'
 check $? "and its switches are on"
 # Both stay what README's figures are of, wherever the defaults go.
 train $tiny --preset paper --out paper text && [ "$(settings paper)" = "--channels 8 --latent 0 \
---taps 3 --blocks 3 --dilations 1,2,4 --block-form paper --no-tie --softcap 0 --steps 1 --batch 16 \
+--units 3x(block:3:1:2:4) --activation gelu --no-tie --softcap 0 --steps 1 --batch 16 \
 --seq 512 --accum 1 --no-at-once --lr 0.002 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 \
 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250" ]
 check $? "--preset paper is the paper's configuration"
 train $tiny --preset small --out small text && [ "$(settings small)" = "--channels 8 --latent 0 \
---taps 3 --blocks 2 --dilations 1,2,4 --block-form prenorm --tie --softcap 30 --steps 1 \
+--units \"2x(conv:3:1 conv:3:2 conv:3:4)\" --activation gelu --tie --softcap 30 --steps 1 \
 --batch 16 --seq 256 --accum 1 --no-at-once --lr 0.004 --min-lr 0 --warmup 50 --beta1 0.9 \
 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200" ]
 check $? "--preset small is the demo's"
 train $tiny --batch 2 --out default text && train $tiny --batch 2 --preset default --out default2 text &&
-    [ "$(settings default)" = "$(settings default2)" ] && option default '--block-form prenorm' &&
+    [ "$(settings default)" = "$(settings default2)" ] && option default '--activation gelu' &&
     option default '--tie'
 check $? "--preset default changes nothing: pre-norm, tied"
 train $tiny --batch 2 --preset shakespeare --seq 64 --out tale text && [ "$(settings tale)" = "--channels 8 \
---latent 0 --taps 2 --blocks 3 --dilations 1,2,4,8 --block-form prenorm --tie --softcap 30 --steps 1 \
+--latent 0 --units \"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)\" --activation gelu --tie --softcap 30 --steps 1 \
 --batch 2 --seq 64 --accum 1 --at-once --lr 0.006 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
 check $? "--preset shakespeare is the recipe of README's first figure"
@@ -226,6 +227,23 @@ check $? "and stays off on resuming, given again or not"
 "$root/train" --help >message && [ "$(grep -c -e '--no-NAME' message)" = 1 ] &&
     grep -q -e '--tie  .*\[yes\]' message && ! grep -q -e '--at-once .*\[' message
 check $? "--help says --no-NAME once, and which switches are on"
+
+# ---- Stacks: what is printed, and every way to get one wrong ----
+
+"$root/train" $tiny --batch 2 --seq 64 --units "2x(conv:2:1 2x(block:3:1:2)) conv:2:1:lrelu2" --out stack text \
+    >/dev/null 2>message
+[ "$(grep -c '^  conv:2:1 ' message)" = 1 ] && [ "$(grep -c '2x block:3:1:2 .*reaches 6 back' message)" = 1 ] &&
+    grep -q '^  conv:2:1:lrelu2 .*x + f(conv(norm(x))) .*(2,8,8).*parameters, reaches 1 back' message &&
+    ! grep -q 'units.0.conv.weight' message
+check $? "the stack: a line for each unit, repeated ones once"
+"$root/train" --resume stack --steps 2 --tensors >/dev/null 2>message && grep -q 'units.6.conv.weight .*(2,8,8) decayed' message
+check $? "--tensors lists every tensor; a stack is saved with its run"
+small2="--device cpu --channels 8 --batch 2 --seq 64 --steps 3 --sample-bytes 0"
+train $small2 --kernels plain --units "conv:2:2 block:2:1:2" --out plain1 text &&
+    train $small2 --kernels cpu --units "conv:2:2 block:2:1:2" --out plain2 text &&
+    rows plain1/log.tsv >a && rows plain2/log.tsv | paste a - | awk '$1 > 0 && $2 != "nan" && $2 != "train_loss" { n++; if (($2 - $7) ^ 2 > 1e-10) bad++ }
+        END { exit bad || n != 3 }'
+check $? "--kernels plain trains to the same losses"
 
 # ---- Wrong usage and bad input: status, and words that its one line must hold ----
 
@@ -243,7 +261,7 @@ refuse 2 'unknown option' --stepz 5
 refuse 2 'from 1 to' --steps 0
 refuse 2 'whole number' --steps 1.5
 refuse 2 'needs a value' --steps
-refuse 2 'paper, prenorm' --block-form post
+refuse 2 'none, gelu, lrelu2' --activation relu
 refuse 2 'from 0 to 0.99' --dropout 1
 refuse 2 'number' --lr fast
 refuse 2 'given twice' --steps 1 --steps 2
@@ -259,6 +277,18 @@ refuse 1 'is empty' empty
 refuse 1 'is empty' -
 refuse 1 'less than one window' short
 refuse 1 'latent = channels.* --no-tie' --latent 64
+refuse 1 'conv, block.*character 1' --units foo
+refuse 1 'character 10' --units "conv:2:1 mpl:2"
+refuse 1 'taps of conv is 0, expected 1 to 256 at character 6' --units conv:0
+refuse 1 'dilation of conv is 2000000, expected 1 to 1048576' --units conv:2:2000000
+refuse 1 'at most 2 numbers' --units conv:2:1:1
+refuse 1 'activation: none gelu lrelu2' --units conv:2:1:relu
+refuse 1 "without its ')'" --units "3x(conv:2:1"
+refuse 1 "a ')' too many" --units "conv:2:1)"
+refuse 1 'too deep: more than 4096' --units "100x(100x(conv))"
+refuse 1 'no unit' --units " "
+refuse 1 'runs on the CPU' --kernels plain --device cuda
+refuse 1 'memory' --units "4096x(conv:256)" --channels 4096 --device cpu
 refuse 1 'memory' --channels 65536 --batch 1024 --seq 1024 --device cpu
 refuse 1 'a smaller --batch' --batch 1000000 --seq 1000
 refuse 1 'cannot' --out plain/run --device cpu --steps 1 noise

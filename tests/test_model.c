@@ -1,18 +1,20 @@
 // test_model.c: the model as a whole, in float32, as the programs run it.
 //
-// Known sizes and known random numbers; what a fresh model says and what a step learns; that the
-// order of the batch, the passes and the threads change nothing; the data, the dropout and what
-// is refused. Gradients are test_gradcheck's business, causality is test_causality's.
+// Known sizes and known random numbers; units as text; what a fresh model says and what a step
+// learns; that the order of the batch, the passes, the threads and the side stream change nothing;
+// the data, the dropout and what is refused. Gradients are test_gradcheck's business, causality is
+// test_causality's, and what must hold of every mixer is test_units'.
 //   ./test_model
-#include "test.h"
+#include "fast/layers.h"
+#include "support/arithmetic.h"
+#include "tests/test.h"
 
 static const Backend *const cpu = &cpu_backend;
 
-static const Config small_paper = {.channels = 33, .latent = 40, .taps = 3, .blocks = 2,
-                                   .n_dilations = 2, .dilations = {1, 3}};
-static const Config small_prenorm = {.channels = 33, .latent = 33, .taps = 3, .blocks = 2,
-                                     .n_dilations = 2, .dilations = {1, 3}, .form = BLOCK_PRENORM,
-                                     .tie = true, .softcap = 30};
+static const Config small_paper = {.channels = 33, .latent = 40, .activation = ACT_gelu,
+                                   .units = "2x(block:3:1:3)"};
+static const Config small_prenorm = {.channels = 33, .latent = 33, .activation = ACT_gelu,
+                                     .units = "2x(conv:3:1 conv:3:3)", .tie = true, .softcap = 30};
 
 static Training training_of(int passes, float dropout) {
     return (Training){.dropout = dropout, .byte_dropout = dropout, .seed = 21, .passes = passes,
@@ -40,6 +42,13 @@ static real *copy_of(const Model *m, const real *role) {
     real *host = new_reals(m->n_params);
     model_read(m, host, role);
     return host;
+}
+
+static size_t offset_of(const Model *m, const char *name) {
+    for (int i = 0; i < m->n_tensors; i++)
+        if (strcmp(m->tensors[i].name, name) == 0) return m->tensors[i].offset;
+    need(false, name);
+    return 0;
 }
 
 // ---- Sizes and random numbers ------------------------------------------------------------------
@@ -98,6 +107,8 @@ static void test_philox(void) {
     check(ok, "philox: eight lanes of 16 bits");
 }
 
+#define DILATIONS32 ":1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1:1"
+
 // Every size at its bounds and one beyond.
 static void test_refusals(void) {
     const struct {
@@ -105,27 +116,26 @@ static void test_refusals(void) {
         Config c;
         bool ok;
     } tries[] = {
-#define C0 .channels = 4, .latent = 4, .taps = 2, .blocks = 1, .n_dilations = 1, .dilations = {1}
-        {"a good one", {C0}, true},
-        {"0 channels", {.latent = 4, .taps = 2, .blocks = 1, .n_dilations = 1, .dilations = {1}},
+#define C0 .channels = 4, .latent = 4, .activation = ACT_gelu
+#define U1 .units = "block:2:1"
+        {"a good one", {C0, U1}, true},
+        {"0 channels", {.latent = 4, U1}, false},
+        {"no latent", {.channels = 4, U1}, false},
+        {"65536 channels", {.channels = 65536, .latent = 4, U1}, true},
+        {"65537 channels", {.channels = 65537, .latent = 4, U1}, false},
+        {"latent 65537", {.channels = 4, .latent = 65537, U1}, false},
+        {"256 taps", {C0, .units = "block:256:1"}, true},
+        {"257 taps", {C0, .units = "block:257:1"}, false},
+        {"no unit", {C0}, false},
+        {"32 dilations", {C0, .units = "block:2" DILATIONS32}, true},
+        {"33 dilations", {C0, .units = "block:2" DILATIONS32 ":1"}, false},
+        {"dilation 0", {C0, .units = "block:2:1:0"}, false},
+        {"a tied head of another width", {.channels = 4, .latent = 5, U1, .tie = true}, false},
+        {"softcap NaN", {C0, U1, .softcap = NAN}, false},
+        {"softcap -1", {C0, U1, .softcap = -1}, false},
+        {"an activation too many", {.channels = 4, .latent = 4, U1, .activation = N_ACTIVATIONS},
          false},
-        {"no latent", {.channels = 4, .taps = 2, .blocks = 1, .n_dilations = 1, .dilations = {1}},
-         false},
-        {"65537 channels", {.channels = 65537, .latent = 4, .taps = 2, .blocks = 1,
-                            .n_dilations = 1, .dilations = {1}}, false},
-        {"257 taps", {.channels = 4, .latent = 4, .taps = 257, .blocks = 1, .n_dilations = 1,
-                      .dilations = {1}}, false},
-        {"no block", {.channels = 4, .latent = 4, .taps = 2, .n_dilations = 1, .dilations = {1}},
-         false},
-        {"33 dilations", {.channels = 4, .latent = 4, .taps = 2, .blocks = 1, .n_dilations = 33,
-                          .dilations = {1}}, false},
-        {"dilation 0", {.channels = 4, .latent = 4, .taps = 2, .blocks = 1, .n_dilations = 2,
-                        .dilations = {1, 0}}, false},
-        {"a tied head of another width", {.channels = 4, .latent = 5, .taps = 2, .blocks = 1,
-                                          .n_dilations = 1, .dilations = {1}, .tie = true}, false},
-        {"softcap NaN", {C0, .softcap = NAN}, false},
-        {"softcap -1", {C0, .softcap = -1}, false},
-        {"block form 2", {C0, .form = (BlockForm)2}, false},
+        {"activation -1", {.channels = 4, .latent = 4, U1, .activation = (Activation)-1}, false},
     };
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
         Error e = {""};
@@ -137,6 +147,13 @@ static void test_refusals(void) {
     Error e = {""};
     check(model_open(&m, cpu, &tries[0].c, 1 << 14, 1 << 14, NULL, &e) == -1 && e.text[0],
           "batch*seq beyond 2^27: %s", e.text);
+    Config long_text = tries[0].c;
+    memset(long_text.units, ' ', sizeof long_text.units);
+    memcpy(long_text.units, "conv", 4);
+    check(config_check(&long_text, &e) == -1 && strstr(e.text, "longer than 1023"),
+          "units that do not end: %s", e.text);
+    long_text.units[UNITS_TEXT - 1] = 0;
+    check(config_check(&long_text, &e) == 0, "a text of units of 1023 characters is taken");
     model_free(&m);
     check(model_open(&m, cpu, &tries[0].c, 0, 1, NULL, &e) == -1, "batch 0: %s", e.text);
     model_free(&m);
@@ -144,6 +161,155 @@ static void test_refusals(void) {
     const uint64_t length[] = {30, 12};
     check(model_set_corpus(&m, text, length, 2, &e) == -1, "texts of 30 and 12: %s", e.text);
     model_free(&m);
+}
+
+// ---- Units as text ------------------------------------------------------------------------------
+
+static Unit units[MAX_UNITS];
+
+// What is refused, and what the message must say. Channels 300: a mixer may be too wide for them.
+static void test_units(void) {
+    static char long_group[UNITS_TEXT];
+    static const struct {
+        const char *text, *fault[3];
+    } tries[] = {
+        {"", {"no unit", "conv"}},
+        {"   ", {"no unit"}},
+        {"()", {"no unit"}},
+        {"3x()", {"no unit"}},
+        {"convolution:2", {"expected a mixer, one of", "character 1,"}},
+        {"conv:2:1 attend", {"expected a mixer, one of", "character 10,", "'attend'"}},
+        {"Conv:2:1", {"expected a mixer", "character 1,"}},
+        {":2", {"expected a mixer", "character 1,"}},
+        {"conv:2:1,conv:2:2", {"expected a space", "character 9,"}},
+        {"conv:2:1(conv)", {"expected a space", "character 9,"}},
+        {"conv:2x", {"expected a space", "character 7,"}},
+        {"conv:0:1", {"taps of conv is 0, expected 1 to 256", "character 6,"}},
+        {"conv:257", {"taps of conv is 257, expected 1 to 256", "character 6,"}},
+        {"conv:2:0", {"dilation of conv is 0, expected 1 to 1048576", "character 8,"}},
+        {"conv:2:1048577", {"dilation of conv is 1048577, expected 1 to 1048576"}},
+        {"block:3:1:2:1048577", {"dilation of block is 1048577", "character 13,"}},
+        {"conv:2:1:1", {"conv takes at most 2 numbers", "character 10,"}},
+        {"block:2" DILATIONS32 ":1", {"block takes at most 33 numbers", "character 73,"}},
+        {"conv:4294967298", {"more than nine digits", "character 6,"}},
+        {"99999999999x(conv)", {"more than nine digits", "character 1,"}},
+        {"conv:-1", {"expected a number or an activation: none gelu lrelu2", "character 6,"}},
+        {"conv:2:", {"expected a number or an activation", "'the end'"}},
+        {"conv:2:relu", {"expected a number or an activation", "character 8,"}},
+        {"conv:gelu:2", {"expected a space", "character 10,"}},
+        {"conv:2:1:gelu:gelu", {"expected a space", "character 14,"}},
+        {"2(conv)", {"expected x and a group", "character 1,"}},
+        {"2 conv", {"expected x and a group", "character 1,"}},
+        {"2x conv", {"expected '('", "character 4,"}},
+        {"0x(conv)", {"repeated no times", "character 1,"}},
+        {"conv 2x(conv:2:1 (conv)", {"a group without its ')'", "character 8,"}},
+        {"2x(conv:2:1", {"a group without its ')'", "character 3,"}},
+        {"(conv))", {"a ')' too many", "character 7,"}},
+        {")", {"a ')' too many", "character 1,"}},
+        {"4097x(conv)", {"a stack too deep: more than 4096 units", "character 1,"}},
+        {"conv 64x(64x(conv))", {"a stack too deep", "character 6,"}},
+        {"999999999x(999999999x(conv))", {"a stack too deep"}},
+        {"4096x(conv) conv", {"a stack too deep", "character 13,"}},
+        {"((((((((((((((((((conv))))))))))))))))))", {"nested more than 16 deep", "character 17,"}},
+    };
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        Error e = {""};
+        bool ok = units_parse(tries[i].text, 300, ACT_gelu, units, &e) == -1;
+        for (int j = 0; j < 3 && tries[i].fault[j]; j++)
+            ok = ok && strstr(e.text, tries[i].fault[j]);
+        check(ok && !strchr(e.text, '\n'), "refused: %s", e.text);
+    }
+    Error e = {""};
+    units_parse("attend", 300, ACT_gelu, units, &e);
+    bool all = true;
+    for (int i = 0; i < n_mixers; i++) all = all && strstr(e.text, mixers[i]->name);
+    check(all, "the message for an unknown mixer names all that there are");
+    memset(long_group, ' ', sizeof long_group - 1);
+    memcpy(long_group + sizeof long_group - 8, "(attend", 7);
+    check(units_parse(long_group, 300, ACT_gelu, units, &e) == -1 &&
+              strstr(e.text, "character 1018, 'attend'"), "far behind: %s", e.text);
+    // Whatever mixer has a width of its own: as many channels as there may be are too many.
+    for (int i = 0; i < n_mixers; i++) {
+        Unit u;
+        if (!mixers[i]->width || units_parse(mixers[i]->name, 1, ACT_gelu, &u, &e) != 1) continue;
+        if (mixers[i]->width(&u) <= 1) continue;
+        check(units_parse(mixers[i]->name, MAX_CHANNELS, ACT_gelu, units, &e) == -1 &&
+                  strstr(e.text, "channels wide"), "refused: %s", e.text);
+    }
+}
+
+// Parses `from` and writes every unit with unit_text.
+static int written(const char *from, Activation usual, char *out, size_t size) {
+    Error e = {""};
+    char buffer[256];
+    int n = units_parse(from, 4, usual, units, &e);
+    *out = 0;
+    for (int i = 0; i < n; i++) {
+        size_t used = strlen(out);
+        snprintf(out + used, size - used, "%s%s", i ? " " : "",
+                 unit_text(&units[i], usual, buffer, sizeof buffer));
+    }
+    if (n < 0) printf("     %s\n", e.text);
+    return n;
+}
+
+// What is written is parsed as the same.
+static void test_unit_text(void) {
+    static const struct {
+        const char *text, *flat;
+    } tries[] = {
+        {"conv", "conv:2:1"},
+        {"conv:5", "conv:5:1"},
+        {"block:3", "block:3:1"},
+        {"block:3:1:2:4", "block:3:1:2:4"},
+        {"conv:gelu", "conv:2:1"},
+        {"conv:2:4:lrelu2", "conv:2:4:lrelu2"},
+        {"conv:none block:2:3:1:none", "conv:2:1:none block:2:3:1:none"},
+        {"conv:256:1048576", "conv:256:1048576"},
+        {"block:2" DILATIONS32, "block:2" DILATIONS32},
+        {" \t\n conv:2:1 \n", "conv:2:1"},
+        {"(conv:2:1)", "conv:2:1"},
+        {"3x(conv:2:7)", "conv:2:7 conv:2:7 conv:2:7"},
+        {"3 x ( conv:2:7 )", "conv:2:7 conv:2:7 conv:2:7"},
+        {"2x(conv:2:1 2x(conv:2:2)block) conv", "conv:2:1 conv:2:2 conv:2:2 block:2:1 "
+                                                "conv:2:1 conv:2:2 conv:2:2 block:2:1 conv:2:1"},
+        {"() conv 5x()", "conv:2:1"},
+        {"1x(1x(conv))", "conv:2:1"},
+        {"((((((((((((((((conv))))))))))))))))", "conv:2:1"},
+    };
+    static char once[4096], twice[4096];
+    static Unit before[MAX_UNITS];
+    for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
+        int n = written(tries[i].text, ACT_gelu, once, sizeof once);
+        memcpy(before, units, sizeof before);
+        int again = written(once, ACT_gelu, twice, sizeof twice);
+        bool same = n == again && n > 0;
+        for (int u = 0; u < n; u++)
+            same = same && unit_same(&units[u], &before[u]) && units[u].index == u;
+        check(same && strcmp(once, tries[i].flat) == 0 && strcmp(twice, once) == 0,
+              "'%.40s' is written as '%.60s', and that is the same", tries[i].text, once);
+    }
+    written("conv:2:1:gelu", ACT_lrelu2, once, sizeof once);
+    check(strcmp(once, "conv:2:1:gelu") == 0, "an activation that is not the usual one is written");
+    written("conv:2:1", ACT_lrelu2, once, sizeof once);
+    check(strcmp(once, "conv:2:1") == 0 && units[0].activation == ACT_lrelu2,
+          "and the usual one is not");
+    static const char *const others[] = {"conv:3:1", "conv:2:2", "block:2:1", "block:2:1:1",
+                                         "conv:2:1:none"};
+    Unit one, other;
+    Error e;
+    need(units_parse("conv:2:1", 4, ACT_gelu, &one, &e) == 1, "a unit");
+    int equal = 0;
+    for (int i = 0; i < 5; i++) {
+        need(units_parse(others[i], 4, ACT_gelu, &other, &e) == 1, e.text);
+        equal += unit_same(&one, &other);
+    }
+    check(equal == 0, "units that differ in mixer, numbers or activation are not the same");
+    check(units_parse("4096x(conv)", 4, ACT_gelu, units, &e) == MAX_UNITS &&
+              units[MAX_UNITS - 1].index == MAX_UNITS - 1, "4096 units are taken");
+    const Config c = {.channels = 4, .latent = 4, .units = "2x(conv:3:5 block:2:1:9) conv:1:70"};
+    check(config_receptive_field(&c) == 1 + 2 * (2 * 5 + 10), "reaches add up: %lld",
+          (long long)config_receptive_field(&c));
 }
 
 // ---- Arithmetic --------------------------------------------------------------------------------
@@ -156,9 +322,9 @@ static void test_arithmetic(void) {
         double u = a * (x + b * x * x * x), t = tanh(u);
         double slope = (1 + t) / 2 + x / 2 * (1 - t * t) * a * (1 + 3 * b * x * x);
         exp_error = fmax(exp_error, fabs((double)exp_real((real)x) / exp(x) - 1));
-        gelu_error = fmax(gelu_error, fabs((double)gelu((real)x) - x / 2 * (1 + t)) /
+        gelu_error = fmax(gelu_error, fabs((double)gelu_value((real)x) - x / 2 * (1 + t)) /
                                           fmax(1, fabs(x)));
-        slope_error = fmax(slope_error, fabs((double)gelu_grad((real)x) - slope));
+        slope_error = fmax(slope_error, fabs((double)gelu_slope((real)x) - slope));
     }
     check_error(exp_error, 3e-7, "exp from -80 to 80, relative");
     check_error(gelu_error, 3e-7, "gelu from -80 to 80");
@@ -169,11 +335,59 @@ static void test_arithmetic(void) {
     check(exp_real((real)NAN) != exp_real((real)NAN), "exp(NaN) is NaN");
     const real far[] = {-1e4f, 1e4f};
     for (int i = 0; i < 2; i++)
-        check(fabs((double)gelu(far[i]) - fmax(0, (double)far[i])) < 1e-30 &&
-                  fabs((double)gelu_grad(far[i]) - i) < 1e-30,
-              "gelu(%g) is %g, its slope %g", (double)far[i], (double)gelu(far[i]),
-              (double)gelu_grad(far[i]));
-    check(gelu(DROPPED) == 0 && gelu_grad(DROPPED) == 0, "gelu(DROPPED) and its slope are 0");
+        check(fabs((double)gelu_value(far[i]) - fmax(0, (double)far[i])) < 1e-30 &&
+                  fabs((double)gelu_slope(far[i]) - i) < 1e-30,
+              "gelu(%g) is %g, its slope %g", (double)far[i], (double)gelu_value(far[i]),
+              (double)gelu_slope(far[i]));
+    for (int a = 0; a < N_ACTIVATIONS; a++) {
+        Activation f = (Activation)a;
+        real mark = act_dropped(f);
+        uint32_t bits;
+        float as_float = (float)mark;
+        memcpy(&bits, &as_float, 4);
+        check(act_value(f, mark) == 0 && act_slope(f, mark) == 0 && (bits & 0xFFFF) == 0,
+              "%s: where a value is dropped, at %g, it and its slope are 0; bf16 has that number",
+              activation_names[f], (double)mark);
+        check(activation_of(activation_names[f]) == f, "%s: is found by its name",
+              activation_names[f]);
+    }
+    check(activation_of("") == N_ACTIVATIONS && activation_of("GELU") == N_ACTIVATIONS,
+          "no other name is an activation's");
+    check(lrelu2_value(3) == 9 && lrelu2_value(-3) == 2.25f && lrelu2_slope(3) == 6 &&
+              lrelu2_slope(-3) == -1.5f, "lrelu2 of 3 and -3, and its slope");
+    check(none_value(-3) == -3 && none_slope(-3) == 1, "no activation leaves a value as it is");
+}
+
+// act_row is act_value of each value, whatever the length and wherever the output lies.
+static void test_act_row(void) {
+    enum { MOST = 600 };
+    real *pre = new_random(MOST, 1, 0, 3), *res = new_random(MOST, 2, 0, 1);
+    real *out = new_reals(MOST), *own = new_reals(MOST);
+    for (int a = 0; a < N_ACTIVATIONS; a++) {
+        Activation f = (Activation)a;
+        int places = 0;
+        double worst = 0;
+        pre[7] = act_dropped(f);
+        for (int n = 1; n <= MOST; n += n == 1 ? 254 : n < 257 ? 1 : MOST - 257) {
+            act_row(f, out, pre, res, 1.25f, n);
+            memcpy(own, pre, MOST * sizeof *own);
+            act_row(f, own, own, res, 1.25f, n);
+            places += !same_bits(own, out, (size_t)n) || !same_bits(own + n, pre + n, MOST - n);
+            memcpy(own, res, MOST * sizeof *own);
+            act_row(f, own, pre, own, 1.25f, n);
+            places += !same_bits(own, out, (size_t)n) || !same_bits(own + n, res + n, MOST - n);
+            act_row(f, own, pre, NULL, 1.25f, n);
+            for (int i = 0; i < n; i++) {
+                double y = 1.25 * (double)act_value(f, pre[i]);
+                double wrong = fmax(fabs((double)own[i] - y),
+                                    fabs((double)out[i] - y - (double)res[i]));
+                if (!(wrong <= worst)) worst = wrong;
+            }
+        }
+        check_error(worst, 2e-6, "act_row, %s", activation_names[f]);
+        check(places == 0, "act_row, %s: out may be pre or residual", activation_names[f]);
+    }
+    free(pre), free(res), free(out), free(own);
 }
 
 // One byte at a time gives the bits that many give, in any company, at every width.
@@ -398,13 +612,13 @@ static void test_halving(Config config) {
     model_free(&odd);
 }
 
-// ---- Branches: the graph under a backend that runs them as late as it may
+// ---- The side stream: the graph under a backend that runs it as late as it may
 
-// What was queued in a branch and has not run yet.
+// What was queued between fork and end_fork and has not run yet.
 typedef struct {
     enum { WEIGHTS, LOSSES } what;
     WeightJob jobs[MAX_WEIGHT_JOBS];
-    int n, branch;
+    int n, fork;
     ConvShape s;
     StepState *state;
     const real *losses;
@@ -413,19 +627,20 @@ typedef struct {
 } Late;
 enum { MOST_LATE = 64 };
 static Late late[MOST_LATE];
-static int n_late, late_branch;  // branches so far
-static bool in_branch;
+static int n_late, late_forks;  // forks so far
+static bool on_side;
 static size_t most_late;
-static const void *branch_scratch;  // what calls in branches were given
-static bool shared_scratch;         // and the main line, too
+static const void *side_workspace;  // what calls on the side stream were given
+static bool shared_workspace;       // and the main line, too
 
-static void late_begin_branch(void) {
-    late_branch++;
-    in_branch = true;
+static void late_fork(void) {
+    need(!on_side, "a fork ends before the next one");
+    late_forks++;
+    on_side = true;
 }
-static int late_end_branch(void) {
-    in_branch = false;
-    return late_branch;
+static int late_end_fork(void) {
+    on_side = false;
+    return late_forks;
 }
 static void run_late(const Late *l) {
     if (l->what == WEIGHTS)
@@ -433,20 +648,20 @@ static void run_late(const Late *l) {
     else
         cpu->add_losses(l->state, l->losses, l->N, l->work);
 }
-static void late_join(int branch) {
+static void late_join(int fork) {
     int done = 0;
-    while (done < n_late && late[done].branch <= branch) run_late(&late[done++]);
+    while (done < n_late && late[done].fork <= fork) run_late(&late[done++]);
     memmove(late, late + done, (size_t)(n_late -= done) * sizeof *late);
 }
 static void queue_late(Late l) {
-    l.branch = late_branch;
-    if (!in_branch) {
+    l.fork = late_forks;
+    if (!on_side) {
         run_late(&l);
         return;
     }
-    need(n_late < MOST_LATE, "too many calls in branches");
-    shared_scratch = shared_scratch || (branch_scratch && branch_scratch != l.work);
-    branch_scratch = l.work;
+    need(n_late < MOST_LATE, "too many calls on the side stream");
+    shared_workspace = shared_workspace || (side_workspace && side_workspace != l.work);
+    side_workspace = l.work;
     late[n_late++] = l;
     if ((size_t)n_late > most_late) most_late = (size_t)n_late;
 }
@@ -459,52 +674,86 @@ static void late_losses(StepState *state, const real *losses, size_t N, void *wo
     queue_late((Late){.what = LOSSES, .state = state, .losses = losses, .N = N, .work = work});
 }
 
-// A layer of the main line, for a look at the scratch that it is given.
-static void lazy_norm_backward(act *dx, real *dgain, real *dbias, act *again, act *pre,
-                               const act *dout, const act *x, const real *gain, const real *bias,
-                               float scale, size_t N, int C, bool accumulate, void *work) {
-    shared_scratch = shared_scratch || work == branch_scratch;
-    cpu->norm_backward(dx, dgain, dbias, again, pre, dout, x, gain, bias, scale, N, C, accumulate,
-                       work);
+// Layers of the main line, for a look at the workspace that they are given.
+static void late_norm_backward(act *again, real *dgain, real *dbias, const act *dout, const act *x,
+                               const real *gain, const real *bias, Epilogue e, size_t N, int C,
+                               void *work) {
+    shared_workspace = shared_workspace || work == side_workspace;
+    cpu->norm_backward(again, dgain, dbias, dout, x, gain, bias, e, N, C, work);
+}
+static void late_conv_backward_input(const act *dy, const real *w, Epilogue e, ConvShape s,
+                                     void *work) {
+    shared_workspace = shared_workspace || work == side_workspace;
+    cpu->conv_backward_input(dy, w, e, s, work);
 }
 
-// Whatever a branch reads must stay, and nobody may use what it writes, until it is joined: else
-// the bits differ from those of a backend that does all in order.
-static void test_branches(const char *name, Config config) {
+// Whatever the side stream reads must stay, and nobody may use what it writes, until it is joined:
+// else the bits differ from those of a backend that does all in order.
+static void test_side_stream(const char *name, Config config, float dropout) {
     enum { B = 2, T = 50 };
     Backend lazy = *cpu;
-    lazy.branch_rows = B * T;
-    lazy.begin_branch = late_begin_branch;
-    lazy.end_branch = late_end_branch;
+    lazy.side_rows = B * T;
+    lazy.fork = late_fork;
+    lazy.end_fork = late_end_fork;
     lazy.join = late_join;
     lazy.conv_backward_weight = late_weight;
     lazy.add_losses = late_losses;
-    lazy.norm_backward = lazy_norm_backward;
-    Training training = training_of(2, 0.2f);
+    lazy.norm_backward = late_norm_backward;
+    lazy.conv_backward_input = late_conv_backward_input;
+    Training training = training_of(2, dropout);
     Model m[2];
     open_or_die(&m[0], cpu, &config, B, T, &training);
     open_or_die(&m[1], &lazy, &config, B, T, &training);
     most_late = 0;
-    branch_scratch = NULL;
-    shared_scratch = false;
+    late_forks = 0;
+    side_workspace = NULL;
+    shared_workspace = false;
     for (int i = 0; i < 2; i++) {
         fill_params(&m[i], 5);
         give_text(&m[i]);
         for (int step = 0; step < 3; step++) model_train_step(&m[i]);
     }
-    check(!m[0].branches && m[1].branches && most_late > 2 && n_late == 0,
-          "%s: branches are used, and joined by the end of a step", name);
-    check(branch_scratch && !shared_scratch, "%s: branches have scratch of their own", name);
+    check(!m[0].side_stream && m[1].side_stream && most_late > 2 && n_late == 0 && !on_side,
+          "%s: the side stream is used, and joined by the end of a step", name);
+    check(side_workspace && !shared_workspace, "%s: it has a workspace of its own", name);
     check(same_bits(m[0].params, m[1].params, m[0].n_params) &&
               same_bits(m[0].v, m[1].v, m[0].n_params) &&
               memcmp(m[0].state->ring, m[1].state->ring, 3 * sizeof *m[0].state->ring) == 0,
-          "%s: branches that run as late as they may change no bit", name);
+          "%s: a side stream that runs as late as it may changes no bit", name);
     model_free(&m[0]);
     model_free(&m[1]);
     Model large;
     open_or_die(&large, &lazy, &config, B, T + 1, &training);
-    check(!large.branches, "%s: no branches where a pass has more rows", name);
+    check(!large.side_stream, "%s: no side stream where a pass has more rows", name);
     model_free(&large);
+}
+
+// The two CPU backends take the same steps, but for the order of their sums.
+static void test_plain(const char *name, Config config) {
+    enum { B = 3, T = 40, STEPS = 8 };
+    const Backend *const both[] = {&plain_backend, cpu};
+    Training training = training_of(2, 0.2f);
+    double loss[2][STEPS], worst = 0, norms = 0;
+    for (int i = 0; i < 2; i++) {
+        Model m;
+        open_or_die(&m, both[i], &config, B, T, &training);
+        fill_params(&m, 5);
+        give_text(&m);
+        for (int step = 0; step < STEPS; step++) model_train_step(&m);
+        for (int step = 0; step < STEPS; step++) {
+            StepFigures f = m.state->ring[step];
+            loss[i][step] = (double)f.loss;
+            if (i == 0) norms += (double)f.grad_norm;
+        }
+        model_free(&m);
+    }
+    for (int step = 0; step < STEPS; step++) {
+        double apart = fabs(loss[0][step] - loss[1][step]);
+        if (!(apart <= worst)) worst = apart;
+    }
+    check_error(worst, 1e-5, "%s: %d steps on plain and on cpu: losses", name, STEPS);
+    check(norms > 0 && fabs(loss[0][0] - loss[0][STEPS - 1]) > 1e-2,
+          "%s: on which the loss moves from %.4f to %.4f", name, loss[0][0], loss[0][STEPS - 1]);
 }
 
 // Parameters, average and moments after three steps of everything.
@@ -660,18 +909,19 @@ static void test_dropout_definition(const Dropout *d) {
 enum { ROWS = 300, WIDTH = 33, VALUES = ROWS * WIDTH };  // WIDTH: no multiple of a draw's 8
 
 // Which values dropout keeps: a conv with one tap whose pre is 1 everywhere, added to a residual of
-// 1. *wrong: values that are neither scale * gelu(1) beside a pre of 1 nor 0 beside DROPPED.
-static void keep_mask(bool *kept, Dropout d, int rows, int *wrong) {
+// 1. *wrong: values that are neither scale * f(1) beside a pre of 1 nor 0 beside the mark of f.
+static void keep_mask(bool *kept, Activation f, Dropout d, int rows, int *wrong) {
     size_t n = (size_t)rows * WIDTH;
     real *x = new_random((size_t)rows, 1, 1, 0), *w = new_random(WIDTH, 1, 1, 0);
     real *res = new_random(n, 1, 1, 0);
-    real *pre = new_reals(n), *out = new_reals(n), expected = 1 + gelu(1) * (real)d.scale;
+    real *pre = new_reals(n), *out = new_reals(n), expected = 1 + act_value(f, 1) * (real)d.scale;
     real *work = new_reals(cpu->work_bytes((size_t)rows, 1, V, 1) / sizeof(real) + 1);
-    cpu->conv_forward(out, pre, x, w, NULL, res, d, (ConvShape){1, rows, 1, WIDTH, 1, 1}, work);
+    const Epilogue e = {.out = out, .pre = pre, .residual = res, .activation = f, .drop = d};
+    cpu->conv_forward(x, w, NULL, e, (ConvShape){1, rows, 1, WIDTH, 1, 1}, work);
     for (size_t i = 0; i < n; i++) {
         kept[i] = pre[i] == 1;
         *wrong += kept[i] ? !(fabs((double)out[i] - (double)expected) < 1e-6)
-                          : !(pre[i] == DROPPED && out[i] == 1);
+                          : !(pre[i] == act_dropped(f) && out[i] == 1);
     }
     free(x), free(w), free(res), free(pre), free(out), free(work);
 }
@@ -693,7 +943,7 @@ static void test_dropout(void) {
     int wrong = 0, moved = 0, undefined = 0;
     size_t n_kept = 0;
     test_dropout_definition(&d);
-    keep_mask(kept, d, ROWS, &wrong);
+    keep_mask(kept, ACT_gelu, d, ROWS, &wrong);
     for (int i = 0; i < VALUES; i++) {
         n_kept += kept[i];
         undefined += kept[i] != (dropout_byte(&d, i / WIDTH, i % WIDTH, WIDTH) >= d.threshold);
@@ -706,10 +956,16 @@ static void test_dropout(void) {
         Dropout part = d;
         part.first = (uint64_t)first[i];
         int rest = ROWS - first[i];
-        keep_mask(other, part, rest, &wrong);
+        keep_mask(other, ACT_gelu, part, rest, &wrong);
         moved += memcmp(other, kept + first[i] * WIDTH, (size_t)rest * WIDTH) != 0;
     }
     check(moved == 0, "masks do not depend on the passes");
+    moved = 0;
+    for (int f = 0; f < N_ACTIVATIONS; f++) {
+        keep_mask(other, (Activation)f, d, ROWS, &wrong);
+        moved += memcmp(other, kept, sizeof kept) != 0;
+    }
+    check(moved == 0, "nor on the activation");
     const Dropout changed[] = {
         {d.threshold, d.scale, d.seed, d.purpose + 1, 0, &state},
         {d.threshold, d.scale, d.seed, d.purpose, 0, &next},
@@ -717,7 +973,7 @@ static void test_dropout(void) {
     };
     const char *const what[] = {"layers", "steps", "seeds"};
     for (int i = 0; i < 3; i++) {
-        keep_mask(other, changed[i], ROWS, &wrong);
+        keep_mask(other, ACT_gelu, changed[i], ROWS, &wrong);
         check_error(dependence(kept, other, 0, keep), 4,
                     "masks of two %s are independent: deviations", what[i]);
     }
@@ -728,7 +984,7 @@ static void test_dropout(void) {
         check_error(dependence(kept, kept, apart[i].rows * WIDTH + apart[i].channels, keep), 4,
                     "masks %d rows and %d channels apart are independent: deviations",
                     apart[i].rows, apart[i].channels);
-    check(wrong == 0, "what dropout keeps is multiplied by 1/(1-p); the rest is stored as DROPPED");
+    check(wrong == 0, "what dropout keeps is multiplied by 1/(1-p); the rest is stored as a mark");
 }
 
 // ---- Steps that go wrong, and the average ------------------------------------------------------
@@ -740,7 +996,8 @@ static void test_not_finite(void) {
     fill_params(&m, 5);
     give_text(&m);
     model_train_step(&m);
-    m.params[m.convs[1].bias] = (real)NAN;
+    size_t bias = offset_of(&m, "units.0.conv.1.bias");
+    m.params[bias] = (real)NAN;
     real *params = copy_of(&m, m.params), *first = copy_of(&m, m.m), *second = copy_of(&m, m.v);
     real *ema = copy_of(&m, m.ema);
     model_train_step(&m);
@@ -753,7 +1010,7 @@ static void test_not_finite(void) {
     bool found = false;
     for (size_t i = 0; i < m.n_params; i++) found = found || m.grads[i] != m.grads[i];
     check(found, "a loss of NaN: its gradients stay, to be looked at");
-    m.params[m.convs[1].bias] = 0;
+    m.params[bias] = 0;
     cpu->zero(m.grads, m.n_params * sizeof *m.grads);
     model_train_step(&m);
     check(m.state->step == 2 && m.state->ring[1].loss < 100, "after it, training can go on");
@@ -777,6 +1034,34 @@ static void test_average(void) {
     model_free(&m);
 }
 
+// Every activation in one stack, blocks and convs side by side, more of them than wait together.
+static void test_mixed(void) {
+    Config mixed = {.channels = 33, .latent = 33, .activation = ACT_gelu, .tie = true,
+                    .units = "2x(conv:3:1:lrelu2 block:2:1:3 4x(conv:2:4:none) block:1:1:1) conv"};
+    test_side_stream("mixed", mixed, 0.2f);
+    test_plain("mixed", mixed);
+    test_passes("mixed", mixed);
+    test_threads("mixed", mixed);
+    test_batch_order("mixed", mixed);
+}
+
+// Every mixer with its defaults, above and below itself and the others, with and without what may
+// still be read on the side stream when the units begin: a head of its own, dropout.
+static void test_mixers(void) {
+    for (int i = 0; i < 4 * n_mixers; i++) {
+        const char *mixer = mixers[i / 4]->name;
+        char name[100];
+        Config c = {.channels = 17, .latent = i % 2 ? 17 : 25, .activation = ACT_gelu,
+                    .tie = i % 2};
+        float dropout = i / 2 % 2 ? 0.2f : 0;
+        snprintf(c.units, sizeof c.units, "2x(conv:3:1 %s block:2:1:3 3x(%s))", mixer, mixer);
+        snprintf(name, sizeof name, "%s%s%s", mixer, c.tie ? ", tied" : "",
+                 dropout > 0 ? ", dropout" : "");
+        test_side_stream(name, c, dropout);
+        test_plain(name, c);
+    }
+}
+
 int main(void) {
     set_threads(1);  // small work: threads would mostly wait. test_threads sets its own number
     for (int i = 0; i < TEXT; i++) text[i] = (uint8_t)(random_value(60, (size_t)i) * 128 + 128);
@@ -787,20 +1072,26 @@ int main(void) {
     test_sizes();
     test_philox();
     test_refusals();
+    test_units();
+    test_unit_text();
     test_arithmetic();
+    test_act_row();
     test_conv_rows();
     test_batches();
     test_byte_dropout();
     test_dropout();
     test_not_finite();
     test_average();
+    test_mixed();
+    test_mixers();
     for (int i = 0; i < 2; i++) {
         test_fresh(forms[i].name, forms[i].config);
         test_batch_order(forms[i].name, forms[i].config);
         test_passes(forms[i].name, forms[i].config);
         if (i == 0) test_halving(forms[i].config);
         test_threads(forms[i].name, forms[i].config);
-        test_branches(forms[i].name, forms[i].config);
+        test_side_stream(forms[i].name, forms[i].config, 0.2f);
+        test_plain(forms[i].name, forms[i].config);
         test_overfit(forms[i].name, forms[i].config);
     }
     return finish();

@@ -5,9 +5,10 @@
 //   ./test_kernels --small                      # small shapes only, for compute-sanitizer
 //
 // Without a GPU every test is skipped, by name, and the exit status is 0. Read kernel_check.c for
-// what a check does. Exit status 1: a test failed. 2: wrong usage.
-#include "kernels.h"
-#include "test.h"
+// what a check does. Exit status 1: a test failed. 2: wrong usage, a kernel that is not there.
+#include "support/arithmetic.h"
+#include "support/gpu.h"
+#include "tests/test.h"
 
 typedef struct {
     bool small, time, check;
@@ -55,14 +56,14 @@ typedef struct {
     ConvShape shape;
 } LargeShape;
 static const LargeShape large[] = {
-    // wgmma's weight gradients for K = 3, 2, 1: narrow tiles in several slabs, wide tiles in
+    // wgmma's weight gradients for K = 3, 2, 1: narrow tiles in several splits, wide tiles in
     // several, so long that their rings come round; the narrow of K = 1 are among the ugly
     {"conv_backward_weight", 0, {2, 2050, 256, 256, 3, 4}},
     {"conv_backward_weight", 2, {2, 2500, 256, 256, 3, 90}},
     {"conv_backward_weight", 0, {2, 2050, 256, 256, 2, 4}},
     {"conv_backward_weight", 2, {2, 2500, 256, 256, 2, 150}},
     {"conv_backward_weight", 2, {2, 5000, 256, 256, 1, 1}},
-    // wide tiles in one slab: so many that there is no place for two
+    // wide tiles in one split: so many that there is no place for two
     {"conv_backward_weight", 2, {1, 330, 1088, 512, 3, 60}},
     // more rows than are made one-hot at a time
     {"embed_backward", 2, {1, 16500, 136, 8, 1, 1}},
@@ -87,38 +88,33 @@ static ConvShape random_shape(uint64_t seed, int i) {
     return s;
 }
 
-// The i-th shape and variant for an operation; false: not for this one.
-static bool choose_shape(const Options *o, const char *op, int i, ConvShape *s, int *variant) {
+// Whether an operation is checked on this ugly shape with this variant.
+static bool choose_ugly(const char *op, int shape, int variant) {
     enum { MANY_ROWS = 4096, MANY_VALUES = 1 << 16 };
-    int shape = i / CHECK_VARIANTS, n = i - UGLY * CHECK_VARIANTS;
-    *variant = i % CHECK_VARIANTS;
-    if (n >= LARGE) {
-        *s = random_shape(o->seed, n - LARGE);
-        *variant = (n - LARGE) % CHECK_VARIANTS;
-        return true;
-    }
-    if (n >= 0) {
-        *s = large[n].shape;
-        *variant = large[n].variant;
-        return strcmp(op, large[n].op) == 0;
-    }
-    *s = ugly[shape];
+    const ConvShape s = ugly[shape];
     // One block or thread adds all losses: many only take long.
-    if (strcmp(op, "add_losses") == 0 && s->B * s->T * s->C > MANY_VALUES) return false;
+    if (strcmp(op, "add_losses") == 0 && s.B * s.T * s.C > MANY_VALUES) return false;
+    const bool other = variant >= CHECK_VARIANTS;  // another activation than GELU
     // Most of the time goes to many rows: of two such neighbours one has the even variants, the
-    // other the odd ones.
-    return s->B * s->T <= MANY_ROWS || (shape + i) % 2 == 0;
+    // other the odd ones, and of other activations half of these.
+    if (s.B * s.T > MANY_ROWS && (shape + variant) % (other ? 4 : 2) != 0) return false;
+    // Other activations differ from GELU in a few lines of a kernel: a third of the shapes for each
+    // of their variants, another for the next: four variants meet all shapes but the longest.
+    return !other || (shape + variant) % 3 == 0;
 }
 
-// One row of the table on one shape: random inputs, then integers. Notes the worst error.
+// One row of the table on one shape: random inputs, then integers. Notes the worst error. Returns
+// how many outputs were compared, or -1 where one was wrong.
 static int check_shape(const Kernel *k, ConvShape s, int variant, uint64_t seed, bool small,
                        double *worst) {
+    int compared = 0;
     for (int exact = 0; exact < (small && variant ? 1 : 2); exact++) {
         KernelCheck r;
         Error e;
         int status = kernel_check(k, s, variant, exact, seed, &r, &e);
         if (status == 0 && r.compared == 0) continue;
         if (status == 0 && !exact && !(r.error <= *worst)) *worst = r.error;
+        if (status == 0) compared += r.compared;
         if (status == 0 && r.passed) continue;
         char detail[ERROR_LEN + 256];
         snprintf(detail, sizeof detail, "B %d T %d C %d O %d K %d dil %d variant %d: %s %s %g", s.B,
@@ -128,35 +124,58 @@ static int check_shape(const Kernel *k, ConvShape s, int variant, uint64_t seed,
         report(false, k->name, detail);
         return -1;
     }
-    return 0;
+    return compared;
 }
 
-// All rows of one operation, shape by shape: the CPU's half is worked out once for all of them.
-static void check_operation(const Kernel *all, int n, const char *op, const Options *o) {
-    enum { MOST = 32 };
-    const Kernel *rows[MOST];
-    double worst[MOST] = {0};
-    bool wrong[MOST] = {0};
-    int count = 0, shapes = 0;
-    int most = o->small ? SMALL * CHECK_VARIANTS : UGLY * CHECK_VARIANTS + LARGE + RANDOM;
-    for (int i = 0; i < n && count < MOST; i++)
-        if (strcmp(all[i].op, op) == 0 && (!o->kernel || strcmp(o->kernel, all[i].name) == 0))
-            rows[count++] = &all[i];
-    if (count == 0) return;
-    for (int i = 0; i < most; i++) {
-        ConvShape s;
-        int variant;
-        if (!choose_shape(o, op, i, &s, &variant)) continue;
-        shapes++;
-        for (int j = 0; j < count; j++)
-            if (!wrong[j])
-                wrong[j] = check_shape(rows[j], s, variant, o->seed + (uint64_t)i, o->small,
-                                       &worst[j]) != 0;
+// The rows of one operation.
+enum { MOST_ROWS = 32 };
+typedef struct {
+    const Kernel *row[MOST_ROWS];
+    double worst[MOST_ROWS];
+    bool wrong[MOST_ROWS];
+    int count, shapes;
+} Ladder;
+
+// All rows on one shape: the CPU's half is worked out once for all of them.
+static void check_rows(Ladder *l, const Options *o, ConvShape s, int variant, int seed) {
+    bool compared = false;
+    for (int j = 0; j < l->count; j++) {
+        if (l->wrong[j]) continue;
+        int n = check_shape(l->row[j], s, variant, o->seed + (uint64_t)seed, o->small,
+                            &l->worst[j]);
+        l->wrong[j] = n < 0;
+        compared = compared || n != 0;
     }
-    for (int j = 0; j < count; j++) {
+    l->shapes += compared;
+}
+
+static void check_operation(const Kernel *all, int n, const char *op, const Options *o) {
+    // The other activations' variants begin at CHECK_VARIANTS.
+    enum { VARIANTS = CHECK_VARIANTS * N_ACTIVATIONS, OTHERS = VARIANTS - CHECK_VARIANTS };
+    Ladder l = {.count = 0};
+    for (int i = 0; i < n && l.count < MOST_ROWS; i++)
+        if (strcmp(all[i].op, op) == 0 && (!o->kernel || strcmp(o->kernel, all[i].name) == 0))
+            l.row[l.count++] = &all[i];
+    for (int i = 0; i < (o->small ? SMALL : UGLY) && l.count; i++)
+        for (int v = 0; v < VARIANTS; v++)
+            if (choose_ugly(op, i, v)) check_rows(&l, o, ugly[i], v, i * CHECK_VARIANTS + v);
+    int seed = UGLY * CHECK_VARIANTS;
+    for (int i = 0; i < LARGE && !o->small; i++, seed++)
+        if (strcmp(op, large[i].op) == 0)
+            check_rows(&l, o, large[i].shape, large[i].variant, seed);
+    for (int i = 0; i < RANDOM && !o->small; i++, seed++) {
+        const ConvShape s = random_shape(o->seed, i);
+        check_rows(&l, o, s, i % CHECK_VARIANTS, seed);
+        if (i % 5 != 0) continue;
+        // The variants shift by one each time round: random_shape's kinds go by i % 4, and each
+        // variant is to meet all four.
+        check_rows(&l, o, s, CHECK_VARIANTS + (i / 5 + i / 5 / OTHERS) % OTHERS, seed);
+    }
+    for (int j = 0; j < l.count; j++) {
         char detail[96];
-        snprintf(detail, sizeof detail, "%d shapes, worst relative error %.1e", shapes, worst[j]);
-        if (!wrong[j]) report(true, rows[j]->name, detail);
+        snprintf(detail, sizeof detail, "%d shapes, worst relative error %.1e", l.shapes,
+                 l.worst[j]);
+        if (!l.wrong[j]) report(true, l.row[j]->name, detail);
     }
 }
 
@@ -169,16 +188,25 @@ typedef struct {
     Training training;
 } Case;
 
+enum { CASES = 7, SMALL_CASES = 4 };
 static Case model_case(int i) {
+    static const char *const units[CASES] = {
+        "2x(block:3:1:2:4)",
+        "2x(conv:3:1 conv:3:2 conv:3:4)",
+        "2x(block:2:1:2:4)",
+        "block:3:1:2 conv:2:4:lrelu2 block:2:3:1:none 2x(conv:3:2 conv:2:4)",
+        "2x(conv:3:1 conv:3:2 conv:3:4)",
+        "2x(conv:3:1 conv:3:2 conv:3:4)",
+        "2x(block:3:1:2:4)",
+    };
     const Hyper h = {.steps = 50, .warmup = 5, .lr = 2e-3, .min_lr = 2e-4, .beta1 = 0.9,
                      .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1, .clip = 1, .ema = 0};
-    Config c = {.channels = 32, .latent = 32, .taps = 3, .blocks = 2, .n_dilations = 3,
-                .dilations = {1, 2, 4}, .form = BLOCK_PAPER};
-    Case k = {.name = "paper block", .config = c, .B = 2, .T = 40,
+    Case k = {.name = "blocks", .B = 2, .T = 40,
+              .config = {.channels = 32, .latent = 32, .activation = ACT_gelu},
               .training = {.seed = 5, .passes = 1, .hyper = h}};
+    snprintf(k.config.units, sizeof k.config.units, "%s", units[i]);
     if (i == 1) {
-        k.name = "pre-norm, tied, softcap, dropout, byte dropout, average, two passes";
-        k.config.form = BLOCK_PRENORM;
+        k.name = "convs, tied, softcap, dropout, byte dropout, average, two passes";
         k.config.tie = true;
         k.config.softcap = 30;
         k.training.dropout = 0.2f;
@@ -187,25 +215,33 @@ static Case model_case(int i) {
         k.training.hyper.ema = 0.9;
     }
     if (i == 2) {
-        k.name = "paper block, odd sizes, dropout, two passes";
+        k.name = "blocks, odd sizes, dropout, two passes";
         k.config.channels = 33;
         k.config.latent = 21;
-        k.config.taps = 2;
         k.T = 37;
         k.B = 3;
         k.training.dropout = 0.1f;
         k.training.passes = 2;  // the second starts amid rows that share their draws
     }
     if (i == 3) {
-        k.name = "pre-norm, own head, softcap, no clipping";
-        k.config.form = BLOCK_PRENORM;
+        k.name = "blocks and convs, three activations, dropout, two passes";
+        k.config.tie = true;
+        k.T = 37;
+        k.training.dropout = 0.1f;
+        k.training.passes = 2;
+    }
+    if (i == 4) {
+        k.name = "convs, own head, softcap, no clipping";
         k.config.latent = 48;
         k.config.softcap = 5;
         k.training.hyper.clip = 0;
     }
+    // (Squares upon squares would grow from conv to conv of a block, which has no norm.)
+    if (i == 5) k.name = "convs, lrelu2, dropout", k.config.activation = ACT_lrelu2;
+    if (i == 6) k.name = "blocks, none, dropout", k.config.activation = ACT_none;
+    if (i >= 5) k.training.dropout = 0.2f;
     return k;
 }
-enum { CASES = 4 };
 
 static int open_model(Model *m, const Backend *be, const Case *k, Error *e) {
     uint8_t text[4000];
@@ -356,21 +392,23 @@ static void test_steps(const Backend *be, const Case *k, const char *name, const
     free(b);
 }
 
-// A step's launches may overlap in branches, and each with the end of the one before. None of that
-// may show: neither where there are no branches, nor no recording, nor one launch after the other.
+// A step's launches may overlap on the side stream, and each with the end of the one before. None
+// of that may show: neither without a CUDA graph, nor without the side stream, nor where each
+// launch waits for the one before.
 static void test_overlap(const Backend *be, const Case *k, const char *name) {
     enum { STEPS = 20, WAYS = 4 };
-    const char *const ways[WAYS] = {"", "unrecorded", "without branches", "one after the other"};
+    const char *const ways[WAYS] = {"", "without a graph", "without the side stream",
+                                    "one after the other"};
     StepFigures figures[WAYS][STEPS] = {0};
     real *params[WAYS] = {NULL};
     Backend way = *be;
     Error e = {"out of host memory"};
     size_t n = 0;
-    const char *wrong = (size_t)k->B * (size_t)k->T > be->branch_rows ? "has no branches" : NULL;
+    const char *wrong = (size_t)k->B * (size_t)k->T > be->side_rows ? "uses no side stream" : NULL;
     for (int i = 0; i < WAYS; i++) {
-        if (i == 1) way.record = NULL;
-        if (i == 2) way.record = be->record, way.branch_rows = 0;
-        if (i == 3) way.record = NULL;
+        if (i == 1) way.capture = NULL;
+        if (i == 2) way.capture = be->capture, way.side_rows = 0;
+        if (i == 3) way.capture = NULL;
         params[i] = run_steps(&way, k, i == 3 ? traced_step : model_train_step, figures[i], STEPS,
                               &n, &e);
         if (!wrong && !params[i]) wrong = e.text;
@@ -420,8 +458,8 @@ static void test_last_rung(void) {
     const ConvShape paper = {8, 512, 256, 256, 3, 4};
     const ConvShape far = {4, 513, 256, 256, 3, 56}, too_far = {2, 130, 256, 256, 3, 57};
     if (gpu_open(&g, &e) || g.capability != 90) return;
-    check(tensor_supported(paper), "on Hopper the paper's convs run on wgmma");
-    check(tensor_supported(far) && !tensor_supported(too_far),
+    check(strcmp(tensor_rung(paper), "wgmma") == 0, "on Hopper the paper's convs run on wgmma");
+    check(strcmp(tensor_rung(far), "wgmma") == 0 && strcmp(tensor_rung(too_far), "wgmma") != 0,
           "and so do all with room for three stages: at K = 3, C = 256 up to dilation 56");
 }
 
@@ -442,7 +480,7 @@ static void test_models(const Options *o) {
         for (int i = 0; i < CASES; i++) {
             Case k = model_case(i);
             snprintf(name, sizeof name, "%s, gradients, %s", names[j], k.name);
-            if (i < 3 || !o->small) test_gradients(be, &k, name);
+            if (i < SMALL_CASES || !o->small) test_gradients(be, &k, name);
             snprintf(name, sizeof name, "%s, copies of parameters, %s", names[j], k.name);
             if (i < 1 || !o->small) test_copies(be, &k, name);
             if (o->small) continue;
@@ -452,7 +490,7 @@ static void test_models(const Options *o) {
             snprintf(name, sizeof name, "%s, the same bits however launched, %s", names[j], k.name);
             test_overlap(be, &k, name);
         }
-        // As large as a pass with branches may be, and the smallest of the paper's.
+        // The smallest of the paper's, and as large as a pass with the side stream may be.
         const int sizes[][2] = {{1, 128}, {8, 256}};
         for (int i = 0; i < 2 && !o->small; i++) {
             Case k = model_case(0);
@@ -496,16 +534,9 @@ static void time_kernels(const Options *o) {
     printf("\n");
 }
 
-// 0, or 1 where there is no such row.
-static int run_all(const Options *o) {
-    int n, found = 0;
+static void run_all(const Options *o) {
+    int n;
     const Kernel *k = gpu_kernels(&n);
-    for (int i = 0; i < n; i++) found += !o->kernel || strcmp(o->kernel, k[i].name) == 0;
-    if (!found) {
-        fprintf(stderr, "test_kernels: no kernel named '%s'; the table has\n", o->kernel);
-        for (int i = 0; i < n; i++) fprintf(stderr, "  %-32s %s\n", k[i].name, k[i].idea);
-        return 1;
-    }
     if (o->check) printf("# shapes drawn from seed %llu (--seed)\n", (unsigned long long)o->seed);
     for (int i = 0; i < n && o->check; i++) {
         bool first = true;  // row of its operation
@@ -517,15 +548,15 @@ static int run_all(const Options *o) {
         test_models(o);
     }
     if (o->time) time_kernels(o);
-    return 0;
 }
 
-static void skip_all(const char *why) {
+static void skip_all(const Options *o, const char *why) {
     int n;
     const Kernel *k = gpu_kernels(&n);
-    for (int i = 0; i < n; i++) skip(k[i].name);
+    for (int i = 0; i < n; i++)
+        if (!o->kernel || strcmp(o->kernel, k[i].name) == 0) skip(k[i].name);
     const char *const *names = gpu_backend_names(&n);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n && !o->kernel; i++) {
         char name[96];
         snprintf(name, sizeof name, "the whole model on %s", names[i]);
         skip(name);
@@ -533,13 +564,31 @@ static void skip_all(const char *why) {
     printf("# skipped because: %s\n", why);
 }
 #else
-static int run_all(const Options *o) { return (void)o, 0; }
-static void skip_all(const char *why) {
+static void run_all(const Options *o) { (void)o; }
+static void skip_all(const Options *o, const char *why) {
+    (void)o;
     char line[ERROR_LEN + 32];
     snprintf(line, sizeof line, "all GPU kernels: %s", why);
     skip(line);
 }
 #endif
+
+// Whether the table has the kernel that is asked for; if not, says what it has. It is there also
+// where there is no GPU: a name that is wrong must not look like one that was skipped.
+static bool has_kernel(const char *name) {
+    int n;
+    const Kernel *k = gpu_kernels(&n);
+    for (int i = 0; i < n; i++)
+        if (strcmp(name, k[i].name) == 0) return true;
+    Error e;
+    if (n == 0 && gpu_open(NULL, &e)) {
+        fprintf(stderr, "test_kernels: no kernel named '%s': %s\n", name, e.text);
+        return false;
+    }
+    fprintf(stderr, "test_kernels: no kernel named '%s'; the table has\n", name);
+    for (int i = 0; i < n; i++) fprintf(stderr, "  %-32s %s\n", k[i].name, k[i].idea);
+    return false;
+}
 
 static int usage(void) {
     fprintf(stderr, "usage: test_kernels [--small] [--time | --time-only] [--kernel NAME]\n"
@@ -569,11 +618,10 @@ int main(int argc, char **argv) {
             return usage();
     }
     Error e;
-    int status = 0;
+    if (o.kernel && !has_kernel(o.kernel)) return 2;
     if (gpu_open(NULL, &e))
-        skip_all(e.text);
+        skip_all(&o, e.text);
     else
-        status = run_all(&o);
-    if (status) return 2;
+        run_all(&o);
     return finish();
 }

@@ -1,8 +1,8 @@
 #!/bin/sh
 # test_build.sh: machines unlike this one. What the Makefile finds there, by stub tools on PATH and
 # the lines of `make doctor`; what ./train says of drivers and GPUs that will not do, by a stub of
-# the driver's library. Builds no program. Run by `make test`, alone: ./test_build.sh
-cd "$(dirname "$0")" || exit 1
+# the driver's library. Builds no program. Run by `make test`, alone: tests/test_build.sh
+cd "$(dirname "$0")/.." || exit 1
 bin=$(mktemp -d) || exit 1
 trap 'rm -rf "$bin"' EXIT
 passed=0 failed=0 skipped=0
@@ -56,7 +56,7 @@ C
 says() {
     name=$1 version=$2 init=$3 want=$4 words=$5; shift 5; rm -rf "$bin/out"
     out=$(STUB_CUDA=$version STUB_INIT=$init LD_LIBRARY_PATH=$bin ./train "$@" --steps 1 --batch 1 \
-        --channels 4 --blocks 1 --sample-bytes 0 --out "$bin/out" 2>&1); got=$?
+        --channels 4 --units conv --sample-bytes 0 --out "$bin/out" 2>&1); got=$?
     lines=$(echo "$out" | wc -l) # of a refusal just one, and nothing is written
     if [ $got = "$want" ] && echo "$out" | head -1 | grep -q -e "$words" &&
         { [ $got = 0 ] || { [ "$lines" = 1 ] && [ ! -e "$bin/out" ]; }; }; then

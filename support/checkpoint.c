@@ -9,14 +9,13 @@
 // checkpoint.h first. Run:  make fuzz (libFuzzer on checkpoint_parse)      ./test_sample (replay)
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
-#include "checkpoint.h"
+#include "support/checkpoint.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 enum {
     MAX_HEADER = 100 << 20,  // the safetensors library's own bound, roughly
@@ -25,158 +24,44 @@ enum {
     CHUNK = 4096,            // floats converted at a time
     CHECKSUM_DIGITS = 16,
 };
-static const char version[] = "1";
-
-// FNV-1a: xor a byte, multiply by the 64-bit FNV prime, 2^40 + 2^8 + 0xb3.
-uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n) {
-    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)bytes)[i]) * 0x100000001b3u;
-    return hash;
-}
-
-// ---- Files that are whole or not there ----------------------------------------------------------
-
-int output_open(Output *out, const char *path, bool replace, Error *e) {
-    *out = (Output){0};
-    struct stat st;
-    // lstat, because a link that points nowhere is there, too, and the rename would replace it.
-    bool there = lstat(path, &st) == 0;
-    if (there && S_ISDIR(st.st_mode))
-        return fail(e, "%.200s is a directory, expected a file", path);
-    if (there && !replace)
-        return fail(e, "%.200s exists: choose another name, or overwrite it with --force", path);
-    size_t n = strlen(path);
-    out->path = malloc(n + 1);
-    // ".tmp" and its NUL
-    out->temporary = malloc(n + 5);
-    if (!out->path || !out->temporary) {
-        output_abandon(out);
-        return fail(e, "out of memory");
-    }
-    memcpy(out->path, path, n + 1);
-    snprintf(out->temporary, n + 5, "%s.tmp", path);
-    out->file = fopen(out->temporary, "w+b");
-    if (out->file) return 0;
-    fail(e, "cannot write %.200s: %s", out->temporary, strerror(errno));
-    free(out->temporary);  // not ours to remove
-    out->temporary = NULL;
-    output_abandon(out);
-    return -1;
-}
-
-void output_abandon(Output *out) {
-    if (out->file) fclose(out->file);
-    if (out->temporary) unlink(out->temporary);
-    free(out->path);
-    free(out->temporary);
-    *out = (Output){0};
-}
-
-// A rename is on disk only when its folder is. Some file systems cannot sync a folder: no error.
-static void sync_folder(const char *path) {
-    const char *slash = strrchr(path, '/');
-    char *folder = slash ? strdup(path) : strdup(".");
-    if (!folder) return;
-    if (slash) folder[slash == path ? 1 : slash - path] = 0;
-    int fd = open(folder, O_RDONLY);
-    if (fd >= 0) {
-        fsync(fd);
-        close(fd);
-    }
-    free(folder);
-}
-
-// reason: an errno; 0 when stdio has seen an error earlier and kept no reason.
-static int write_failed(const Output *out, int reason, Error *e) {
-    return fail(e, "cannot write %.200s: %s; what was there is untouched", out->path,
-                reason ? strerror(reason) : "the disk is full or failing");
-}
-
-int output_commit(Output *out, Error *e) {
-    errno = 0;
-    // In this order: bytes on disk, then the name. A name that came first could stand for an empty
-    // file after a crash.
-    bool ok = !ferror(out->file) && fflush(out->file) == 0 && fsync(fileno(out->file)) == 0;
-    int reason = errno;
-    // Some file systems say only here that the disk is full.
-    bool closed = fclose(out->file) == 0;
-    out->file = NULL;
-    if (ok && !closed) reason = errno;
-    ok = ok && closed;
-    if (ok && rename(out->temporary, out->path) != 0) {
-        reason = errno;
-        ok = false;
-    }
-    if (ok) {
-        char *gone = out->temporary;  // NULL before it is freed: a signal handler may look
-        out->temporary = NULL;
-        free(gone);
-        sync_folder(out->path);
-    } else {
-        write_failed(out, reason, e);
-    }
-    output_abandon(out);
-    return ok ? 0 : -1;
-}
+static const char version[] = "2";
 
 // ---- What both directions share: the configuration as text, and the layout ----------------------
 
-// Whole numbers come first: `key <= BLOCKS` below.
-enum { CHANNELS, LATENT, TAPS, BLOCKS, DILATIONS, BLOCK_FORM, TIE, SOFTCAP, CONFIG_KEYS };
-static const char *const config_keys[CONFIG_KEYS] = {"channels",  "latent",     "taps", "blocks",
-                                                     "dilations", "block_form", "tie",  "softcap"};
-static const char *const form_names[] = {[BLOCK_PAPER] = "paper", [BLOCK_PRENORM] = "prenorm"};
+enum { CHANNELS, LATENT, ACTIVATION, UNITS, TIE, SOFTCAP, CONFIG_KEYS };
+static const char *const config_keys[CONFIG_KEYS] = {"channels", "latent", "activation",
+                                                     "units",    "tie",    "softcap"};
 typedef struct {
-    char s[MAX_DILATIONS * 12];
+    char s[UNITS_TEXT];
 } ConfigText;
 
 // One value of the configuration as the metadata has it.
 static ConfigText config_text(const Config *c, int key) {
     ConfigText t = {""};
-    const int number[] = {
-        [CHANNELS] = c->channels, [LATENT] = c->latent, [TAPS] = c->taps, [BLOCKS] = c->blocks};
-    if (key <= BLOCKS)
-        snprintf(t.s, sizeof t.s, "%d", number[key]);
-    else if (key == BLOCK_FORM)
-        snprintf(t.s, sizeof t.s, "%s", form_names[c->form]);
-    else if (key == TIE)
-        snprintf(t.s, sizeof t.s, "%s", c->tie ? "yes" : "no");
-    else if (key == SOFTCAP)
-        snprintf(t.s, sizeof t.s, "%.9g", (double)c->softcap);  // nine digits name every float
-    else
-        for (int i = 0, n = 0; i < c->n_dilations; i++)
-            n += snprintf(t.s + n, sizeof t.s - (size_t)n, i ? ",%d" : "%d", c->dilations[i]);
+    if (key == CHANNELS) snprintf(t.s, sizeof t.s, "%d", c->channels);
+    if (key == LATENT) snprintf(t.s, sizeof t.s, "%d", c->latent);
+    if (key == ACTIVATION) snprintf(t.s, sizeof t.s, "%s", activation_names[c->activation]);
+    if (key == UNITS) snprintf(t.s, sizeof t.s, "%s", c->units);
+    if (key == TIE) snprintf(t.s, sizeof t.s, "%s", c->tie ? "yes" : "no");
+    // Nine digits name every float.
+    if (key == SOFTCAP) snprintf(t.s, sizeof t.s, "%.9g", (double)c->softcap);
     return t;
-}
-
-// A whole number of at most nine digits: it fits an int, and config_check knows its range.
-static bool parse_int(const char **s, int *out) {
-    int digits = 0;
-    *out = 0;
-    for (; **s >= '0' && **s <= '9' && digits < 9; digits++) *out = *out * 10 + (*(*s)++ - '0');
-    return digits > 0;
 }
 
 // The inverse. What it takes must come out again as the same text, so " 7" or "007" is refused.
 static bool config_from_text(Config *c, int key, const char *text) {
-    const char *s = text;
-    int *number[] = {
-        [CHANNELS] = &c->channels, [LATENT] = &c->latent, [TAPS] = &c->taps, [BLOCKS] = &c->blocks};
-    if (key <= BLOCKS) {
-        if (!parse_int(&s, number[key])) return false;
-    } else if (key == BLOCK_FORM) {
-        // Anything else becomes the other form, whose text is not this one: refused below. For tie
-        // the same.
-        c->form = strcmp(text, form_names[BLOCK_PRENORM]) == 0 ? BLOCK_PRENORM : BLOCK_PAPER;
-    } else if (key == TIE) {
-        c->tie = strcmp(text, "yes") == 0;
-    } else if (key == SOFTCAP) {
-        c->softcap = strtof(text, NULL);
-    } else {
-        for (c->n_dilations = 0; c->n_dilations < MAX_DILATIONS; s++) {
-            if (!parse_int(&s, &c->dilations[c->n_dilations++])) return false;
-            if (*s != ',') break;
-        }
+    if (strlen(text) >= UNITS_TEXT) return false;
+    if (key == CHANNELS || key == LATENT) {
+        long x = strtol(text, NULL, 10);
+        if (x < 0 || x > MAX_CHANNELS) return false;
+        *(key == CHANNELS ? &c->channels : &c->latent) = (int)x;
     }
+    if (key == ACTIVATION) c->activation = activation_of(text);
+    if (key == ACTIVATION && c->activation == N_ACTIVATIONS) return false;
+    if (key == UNITS) snprintf(c->units, sizeof c->units, "%s", text);
+    // Anything else becomes no, whose text is not this one: refused below.
+    if (key == TIE) c->tie = strcmp(text, "yes") == 0;
+    if (key == SOFTCAP) c->softcap = strtof(text, NULL);
     return strcmp(config_text(c, key).s, text) == 0;
 }
 
@@ -270,6 +155,13 @@ static void append_string(Text *t, const char *s) {
     append(t, "\"");
 }
 
+static void append_pair(Text *t, const char *key, const char *value) {
+    append(t, ",");
+    append_string(t, key);
+    append(t, ":");
+    append_string(t, value);
+}
+
 // One tensor of the file to be written.
 typedef struct {
     char name[MAX_NAME + 1];
@@ -292,17 +184,12 @@ static Text make_header(const Model *m, const Role *roles, int n_roles, const Pa
     *checksum_at = t.n;
     append(&t, "%0*d\"", CHECKSUM_DIGITS, 0);
     for (int key = 0; key < CONFIG_KEYS; key++)
-        append(&t, ",\"%s\":\"%s\"", config_keys[key], config_text(&m->config, key).s);
+        append_pair(&t, config_keys[key], config_text(&m->config, key).s);
     // A model file's one role is "": it has no such entry.
     if (*roles[0].name) append(&t, ",\"roles\":\"");
     for (int i = 0; i < n_roles; i++) append(&t, i ? ",%s" : "%s", roles[i].name);
     if (*roles[0].name) append(&t, "\"");
-    for (int i = 0; i < n_pairs; i++) {
-        append(&t, ",");
-        append_string(&t, pairs[i].key);
-        append(&t, ":");
-        append_string(&t, pairs[i].value);
-    }
+    for (int i = 0; i < n_pairs; i++) append_pair(&t, pairs[i].key, pairs[i].value);
     append(&t, "}");
     uint64_t offset = 0;
     for (size_t i = 0; i < n_items; i++) {
@@ -338,7 +225,7 @@ static int write_values(Output *out, const Item *item, uint64_t *hash, Error *e)
             for (int b = 0; b < 4; b++) bytes[4 * i + (size_t)b] = (uint8_t)(bits >> (8 * b));
         }
         *hash = checksum_add(*hash, bytes, 4 * n);
-        if (fwrite(bytes, 4, n, out->file) != n) return write_failed(out, errno, e);
+        if (fwrite(bytes, 4, n, out->file) != n) return output_failed(out, errno, e);
     }
     return 0;
 }
@@ -356,7 +243,7 @@ static int write_file(Output *out, const Text *header, size_t checksum_at, const
     for (size_t i = 0; i < n_items; i++)
         if (write_values(out, &items[i], &hash, e)) return -1;
     if (fseeko(f, (off_t)(sizeof length + checksum_at), SEEK_SET))  // writes what is buffered
-        return write_failed(out, errno, e);
+        return output_failed(out, errno, e);
     fprintf(f, "%0*llx", CHECKSUM_DIGITS, (unsigned long long)hash);
     return 0;
 }
@@ -743,14 +630,22 @@ static int check_tensor(const Checkpoint *ck, const char *role, const Tensor *t,
     return bad(ck, e, "tensor %.60s has shape (%s), expected (%s)", entry->name, text[0], text[1]);
 }
 
+static int count_units(const Config *c) {
+    Unit *units = malloc(MAX_UNITS * sizeof *units);
+    Error e;
+    int n = units ? units_parse(c->units, c->channels, c->activation, units, &e) : 0;
+    free(units);
+    return n;
+}
+
 // The file's tensors are those of the configuration, once per role.
 static int check_tensors(Checkpoint *ck, Error *e) {
-    // A file of a few bytes may claim a million layers: no table is made for it.
-    // (A conv has two tensors at least, weight and bias.)
-    size_t convs = (size_t)ck->config.blocks * (size_t)ck->config.n_dilations;
-    if (ck->n_entries / 2 < convs)
-        return bad(ck, e, "%zu tensors, too few for the %zu convs of the metadata", ck->n_entries,
-                   convs);
+    // A file of a few bytes may claim many units, each of which has a tensor at least: no table is
+    // made for it.
+    int units = count_units(&ck->config);
+    if (ck->n_entries < (size_t)units)
+        return bad(ck, e, "%zu tensors, too few for the %d units of the metadata", ck->n_entries,
+                   units);
     Error why;
     ck->table.config = ck->config;
     if (model_describe(&ck->table, &why)) return bad(ck, e, "%.200s", why.text);

@@ -9,34 +9,14 @@
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
-#include "model.h"
-
 #include <stdio.h>
+
+#include "model.h"
+#include "support/output.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-// ---- Files that are whole or not there ----------------------------------------------------------
-
-// An output under its temporary name, PATH.tmp in the same folder. SIGKILL at any moment leaves
-// the file of before or the new one; a PATH.tmp that it leaves behind is replaced by the next run.
-typedef struct {
-    FILE *file;  // to be written and sought by its owner
-    char *path, *temporary;
-} Output;
-
-// Begins an output. Without `replace` a path that exists is refused.
-int output_open(Output *out, const char *path, bool replace, Error *e);
-// Flush, fsync, rename over the path, fsync the folder. On failure (a full disk) the temporary file
-// is removed and what was at the path stays as it was. Either way `out` is closed.
-int output_commit(Output *out, Error *e);
-// Gives up: removes the temporary file. Takes a zeroed Output, and one that is closed already.
-void output_abandon(Output *out);
-
-// FNV-1a, 64 bits, over one piece after another, from CHECKSUM_START: for damage, not for malice.
-#define CHECKSUM_START 0xcbf29ce484222325u
-uint64_t checksum_add(uint64_t hash, const void *bytes, size_t n);
 
 // ---- Writing ------------------------------------------------------------------------------------
 

@@ -1,0 +1,50 @@
+// layers.h: what fast/cpu.c and streaming share with the plain loops of layers.c, whose functions
+// these are but for conv_rows and act_row (fast/cpu.c).
+#ifndef LAYERS_H
+#define LAYERS_H
+
+#include "support/backend.h"
+
+// A row through LayerNorm: out, x, gain, bias (C); and backward, as norm_backward is for one row.
+void norm_row(real *out, const real *x, const real *gain, const real *bias, int C);
+void norm_row_backward(real *dx, real *dgain, real *dbias, const real *dout, const real *x,
+                       const real *gain, int C, bool accumulate);
+
+// out[j][0..O-1] = b + sum_k sum_c w[k,c,:] rows[k*n + j][c] for j in 0..n-1: the inner kernel of
+// every conv on the CPU. A row may lie anywhere, e.g. in a ring; one that lies before the text is
+// a row of zeros. An output's bits do not depend on n nor on the other rows.
+void conv_rows(real *const *out, const real *const *rows, int n, const real *w, const real *b,
+               int K, int C, int O);
+// out = residual + scale * f(pre), n values; residual may be NULL, out may be pre or residual.
+void act_row(Activation f, real *out, const real *pre, const real *residual, real scale, int n);
+
+// Entries of the plain backend that `cpu` has, too.
+void plain_norm_forward(act *out, const act *x, const real *gain, const real *bias, size_t N,
+                        int C);
+void plain_dropout_backward(act *dy, const act *dout, Dropout d, size_t N, int C);
+void plain_cross_entropy(real *losses, act *logits, const int *targets, float cap, float scale,
+                         size_t N);
+void plain_add_losses(StepState *state, const real *losses, size_t N, void *work);
+void plain_draw_batch(int *ids, int *targets, Corpus c, const StepState *state, uint64_t seed,
+                      uint32_t byte_threshold, uint64_t first, int B, int T);
+size_t cpu_available(void);
+void *cpu_alloc(size_t bytes);
+void cpu_zero(void *p, size_t bytes);
+void cpu_copy(void *dst, const void *src, size_t bytes);
+void cpu_write_acts(act *dst, const real *src, size_t n);
+void cpu_read_acts(real *dst, const act *src, size_t n);
+const char *cpu_error(void);
+#define CPU_MEMORY                                                                              \
+    .available = cpu_available, .alloc = cpu_alloc, .free = free, .zero = cpu_zero,             \
+    .upload = cpu_copy, .download = cpu_copy, .write_acts = cpu_write_acts,                     \
+    .read_acts = cpu_read_acts, .error = cpu_error
+
+// At the end of an operation on the CPU: notes its time and what it had to do (cpu_trace).
+#define CPU_DONE(name, flops, bytes)                    \
+    do {                                                \
+        if (cpu_tracing) cpu_note(name, flops, bytes);  \
+    } while (0)
+extern bool cpu_tracing;
+void cpu_note(const char *name, double flops, double bytes);
+
+#endif

@@ -1,0 +1,77 @@
+// score.c: what a text costs: the model's windows over it. Read model.h first.
+#include <math.h>
+#include <stdlib.h>
+
+#include "model.h"
+
+// Window w scores text[from + w*stride ..]: `stride` bytes, the first of which is given `context`
+// bytes. It starts that many before, or with the text.
+typedef struct {
+    size_t start;         // first input byte
+    size_t score, count;  // scored bytes: text[score .. score+count-1]
+} Window;
+
+static Window window_at(size_t n, size_t from, size_t w, size_t context, size_t stride) {
+    size_t score = from + w * stride;
+    Window r = {.score = score, .count = n - score < stride ? n - score : stride};
+    r.start = score > context ? score - context : 0;
+    return r;
+}
+
+int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, size_t context,
+                        size_t stride, double *nats, real *each, Error *e) {
+    size_t N = (size_t)m->B * (size_t)m->T, T = (size_t)m->T;
+    if (context < 1 || stride < 1 || context > T || stride > T || context + stride - 1 > T)
+        return fail(e, "windows of %zu bytes and a stride of %zu need a model that holds %zu, not "
+                       "%d", context, stride, context + stride - 1, m->T);
+    int *ids = calloc(2 * N, sizeof *ids), *targets = ids + N;
+    real *losses = calloc(N, sizeof *losses);
+    *nats = 0;
+    if (!ids || !losses) {
+        free(ids);
+        free(losses);
+        return fail(e, "out of host memory");
+    }
+    if (from == 0 && n > 0) {  // nothing stands before the first byte: all V are equally likely
+        *nats = log(V);
+        if (each) each[0] = (real)*nats;
+        from = 1;
+    }
+    size_t windows = from < n ? (n - from + stride - 1) / stride : 0, base = from;
+    for (size_t w0 = 0; w0 < windows; w0 += (size_t)m->B) {
+        // What no window fills is not scored and, the model being causal, not seen by what is.
+        for (size_t i = 0; i < N; i++) ids[i] = 0, targets[i] = -1;
+        size_t here = windows - w0 < (size_t)m->B ? windows - w0 : (size_t)m->B;
+        for (size_t b = 0; b < here; b++) {
+            Window v = window_at(n, base, w0 + b, context, stride);
+            for (size_t i = v.start; i + 1 < v.score + v.count; i++) {
+                // The output at byte i is for byte i+1.
+                ids[b * T + i - v.start] = text[i];
+                if (i + 1 >= v.score) targets[b * T + i - v.start] = text[i + 1];
+            }
+        }
+        model_losses(m, ids, targets, losses);
+        for (size_t b = 0; b < here; b++) {  // in the order of the text, whatever the batch
+            Window v = window_at(n, base, w0 + b, context, stride);
+            for (size_t i = v.score; i < v.score + v.count; i++) {
+                real loss = losses[b * T + i - 1 - v.start];
+                *nats += loss;
+                if (each) each[i] = loss;
+            }
+        }
+    }
+    free(ids);
+    free(losses);
+    return 0;
+}
+
+int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats, real *each,
+                Error *e) {
+    int64_t context = config_receptive_field(&m->config);
+    if (context > m->T)
+        return fail(e, "scoring needs windows of at least the receptive field, %lld bytes, not %d",
+                    (long long)context, m->T);
+    // Outputs context-1 .. T-1 of a window see all that they can reach: T - context + 1 of them.
+    return model_score_windows(m, text, n, from, (size_t)context,
+                               (size_t)m->T - (size_t)context + 1, nats, each, e);
+}

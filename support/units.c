@@ -1,0 +1,217 @@
+// units.c: the stack of units as text: the one place that parses it, and the one that prints it.
+//   stack = item...      item = NAME[:NUMBER...][:ACTIVATION] | [N x] ( stack )
+// Every message points at the character. Read model.h first (units_parse says what is allowed).
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "mixers/list.h"
+#include "model.h"
+
+// ---- The tables by name -------------------------------------------------------------------------
+
+#define MIXER_ROW(name) &name##_mixer,
+const Mixer *const mixers[] = {MIXERS(MIXER_ROW)};
+const int n_mixers = sizeof mixers / sizeof *mixers;
+
+#define ACTIVATION_NAME(name) #name,
+const char *const activation_names[] = {ACTIVATIONS(ACTIVATION_NAME) NULL};
+
+Activation activation_of(const char *name) {
+    int a = 0;
+    while (a < N_ACTIVATIONS && strcmp(name, activation_names[a]) != 0) a++;
+    return (Activation)a;
+}
+
+// ---- Parsing ------------------------------------------------------------------------------------
+
+enum { MAX_NESTING = 16, WORD = 32 };
+
+typedef struct {
+    const char *text, *p;  // p: what comes next
+    int channels;
+    Activation activation;
+    Unit *units;
+    int n;
+    Error *e;
+} Parser;
+
+// Says what is wrong at `at`, and shows where: the text from there on.
+static int wrong(const Parser *s, const char *at, const char *what) {
+    return fail(s->e, "units: %.200s at character %d, '%.20s'", what, (int)(at - s->text) + 1,
+                *at ? at : "the end");
+}
+
+static void skip_spaces(Parser *s) {
+    while (*s->p == ' ' || *s->p == '\t' || *s->p == '\n') s->p++;
+}
+
+// Letters and digits from a letter on, at most WORD - 1 of them; "" where there is none.
+static void word(Parser *s, char to[WORD]) {
+    int n = 0;
+    while (n < WORD - 1 && ((*s->p >= 'a' && *s->p <= 'z') || (n > 0 && *s->p >= '0' &&
+                                                                 *s->p <= '9')))
+        to[n++] = *s->p++;
+    to[n] = 0;
+}
+
+// Digits. -1: a number beyond nine of them, which no bound here allows.
+static int number(Parser *s, int *to) {
+    const char *start = s->p;
+    for (*to = 0; *s->p >= '0' && *s->p <= '9'; s->p++) {
+        if (s->p - start == 9) return wrong(s, start, "a number of more than nine digits");
+        *to = *to * 10 + (*s->p - '0');
+    }
+    return 0;
+}
+
+static int unknown_mixer(const Parser *s, const char *at) {
+    char what[200] = "expected a mixer, one of";
+    for (int i = 0; i < n_mixers; i++)
+        snprintf(what + strlen(what), sizeof what - strlen(what), "%s %s", i ? "," : "",
+                 mixers[i]->name);
+    snprintf(what + strlen(what), sizeof what - strlen(what), ", or a group");
+    return wrong(s, at, what);
+}
+
+static int count_numbers(const Mixer *m) {
+    int n = 0;
+    while (n < 4 && m->numbers[n].name) n++;
+    return n;
+}
+
+// The numbers and the activation behind a mixer's name.
+static int parse_arguments(Parser *s, Unit *u) {
+    const Mixer *m = u->mixer;
+    const int declared = count_numbers(m), most = m->repeats ? MAX_NUMBERS : declared;
+    char what[200], name[WORD];
+    while (*s->p == ':' && s->p[1] >= '0' && s->p[1] <= '9') {
+        const char *at = ++s->p;
+        if (u->n_numbers == most) {
+            snprintf(what, sizeof what, "%s takes at most %d numbers", m->name, most);
+            return wrong(s, at, what);
+        }
+        const Number *d = &m->numbers[u->n_numbers < declared ? u->n_numbers : declared - 1];
+        int *to = &u->numbers[u->n_numbers++];
+        if (number(s, to)) return -1;
+        if (*to < d->low || *to > d->high) {
+            snprintf(what, sizeof what, "%s of %s is %d, expected %d to %d", d->name, m->name, *to,
+                     d->low, d->high);
+            return wrong(s, at, what);
+        }
+    }
+    for (; u->n_numbers < declared; u->n_numbers++)
+        u->numbers[u->n_numbers] = m->numbers[u->n_numbers].fallback;
+    if (*s->p != ':') return 0;
+    const char *at = ++s->p;
+    word(s, name);
+    if (*name && m->activation) u->activation = activation_of(name);
+    if (*name && m->activation && u->activation < N_ACTIVATIONS) return 0;
+    snprintf(what, sizeof what, "expected %s", m->activation ? "a number or an activation:"
+                                                              : "a number");
+    for (int a = 0; m->activation && a < N_ACTIVATIONS; a++)
+        snprintf(what + strlen(what), sizeof what - strlen(what), " %s", activation_names[a]);
+    return wrong(s, at, what);
+}
+
+static int too_deep(const Parser *s, const char *at) {
+    char what[96];
+    snprintf(what, sizeof what, "a stack too deep: more than %d units", MAX_UNITS);
+    return wrong(s, at, what);
+}
+
+static int parse_unit(Parser *s) {
+    const char *at = s->p;
+    char name[WORD], what[160];
+    Unit u = {.activation = s->activation, .C = s->channels, .index = s->n};
+    word(s, name);
+    for (int i = 0; i < n_mixers && !u.mixer; i++)
+        if (strcmp(mixers[i]->name, name) == 0) u.mixer = mixers[i];
+    if (!u.mixer) return unknown_mixer(s, at);
+    if (parse_arguments(s, &u)) return -1;
+    if (*s->p && !strchr(" \t\n)", *s->p)) return wrong(s, s->p, "expected a space");
+    size_t width = u.mixer->width ? u.mixer->width(&u) : 0;
+    if (width > MAX_CHANNELS) {
+        snprintf(what, sizeof what, "%s is %zu channels wide with --channels %d, at most %d",
+                 u.mixer->name, width, s->channels, MAX_CHANNELS);
+        return wrong(s, at, what);
+    }
+    if (s->n == MAX_UNITS) return too_deep(s, at);
+    s->units[s->n++] = u;
+    return 0;
+}
+
+// Items up to the end or, inside a group, to its ')'.
+static int parse_stack(Parser *s, int nesting) {
+    for (skip_spaces(s); *s->p && *s->p != ')'; skip_spaces(s)) {
+        const char *at = s->p;
+        int times = 1;
+        bool counted = *s->p >= '0' && *s->p <= '9';
+        if (counted && number(s, &times)) return -1;
+        if (counted) skip_spaces(s);
+        if (counted && (*s->p != 'x' || times == 0))
+            return wrong(s, at, times ? "expected x and a group after the number"
+                                      : "a group repeated no times");
+        if (counted) s->p++, skip_spaces(s);
+        if (*s->p != '(') {
+            if (counted) return wrong(s, s->p, "expected '('");
+            if (parse_unit(s)) return -1;
+            continue;
+        }
+        if (nesting == MAX_NESTING) return wrong(s, s->p, "groups nested more than 16 deep");
+        const char *open = s->p++;
+        int first = s->n;
+        if (parse_stack(s, nesting + 1)) return -1;
+        if (*s->p != ')') return wrong(s, open, "a group without its ')'");
+        s->p++;
+        int count = s->n - first;
+        if ((int64_t)first + (int64_t)count * times > MAX_UNITS) return too_deep(s, at);
+        for (; times > 1; times--)
+            for (int i = 0; i < count; i++) {
+                s->units[s->n] = s->units[first + i];
+                s->units[s->n].index = s->n;
+                s->n++;
+            }
+    }
+    return 0;
+}
+
+int units_parse(const char *text, int channels, Activation default_activation, Unit *units,
+                Error *e) {
+    Parser s = {.text = text, .p = text, .channels = channels, .activation = default_activation,
+                .units = units, .e = e};
+    if (parse_stack(&s, 0)) return -1;
+    if (*s.p) return wrong(&s, s.p, "a ')' too many");
+    if (s.n == 0) return fail(e, "units: no unit, expected one like %s", "conv:2:1");
+    return s.n;
+}
+
+// ---- Printing -----------------------------------------------------------------------------------
+
+const char *unit_text(const Unit *u, Activation usual, char *buffer, size_t size) {
+    snprintf(buffer, size, "%s", u->mixer->name);
+    for (int i = 0; i < u->n_numbers; i++) {
+        size_t used = strlen(buffer);
+        snprintf(buffer + used, size - used, ":%d", u->numbers[i]);
+    }
+    size_t used = strlen(buffer);
+    if (u->mixer->activation && u->activation != usual)
+        snprintf(buffer + used, size - used, ":%s", activation_names[u->activation]);
+    return buffer;
+}
+
+bool unit_same(const Unit *a, const Unit *b) {
+    return a->mixer == b->mixer && a->n_numbers == b->n_numbers && a->C == b->C &&
+           memcmp(a->numbers, b->numbers, (size_t)a->n_numbers * sizeof *a->numbers) == 0 &&
+           (!a->mixer->activation || a->activation == b->activation);
+}
+
+int64_t config_receptive_field(const Config *c) {
+    Unit *units = calloc(MAX_UNITS, sizeof *units);
+    Error e;
+    int n = units ? units_parse(c->units, c->channels, c->activation, units, &e) : 0;
+    int64_t sum = 1;
+    for (int u = 0; u < n; u++) sum += units[u].mixer->reach(&units[u]);
+    free(units);
+    return sum;
+}

@@ -1,0 +1,720 @@
+// test_units.c: what must hold of every mixer, whichever it is. All that this file knows of one is
+// its row (model.h, Mixer): a new row of mixers/list.h is tested by being there.
+//
+// From the row's declared numbers it writes units as text, puts each into four stacks, so that
+// units with and without a norm, a tail and an activation of its own stand above and below it, and
+// gives every stack an ugly shape and options in turn. Then
+//   text        it parses, prints, and parses as the same unit; what the row forbids is refused;
+//   causality   byte t changes no output before t, nor another row; the row's reach is measured, on
+//               both sides of its edge;
+//   dropout     no two of a model draw the same numbers;
+//   streaming   byte by byte gives the bits of model_forward, on rings that wrap;
+//   checkpoint  configuration and parameters come back;
+//   backends    loss, gradients and steps of `plain` and of every GPU backend are those of `cpu`;
+//   gradients   of every tensor, against finite differences. They need double: test_units_f64, this
+//               file and the model built with -DREAL=double, must stand beside the program.
+//   ./test_units
+#define _POSIX_C_SOURCE 200809L
+#ifdef REAL  // built with -DREAL=double
+#define IN_DOUBLE 1
+#else
+#define IN_DOUBLE 0
+#endif
+#include <string.h>
+#include <unistd.h>
+
+#include "support/checkpoint.h"
+#include "support/gpu.h"
+#include "support/stream.h"
+#include "tests/gradients.h"
+
+// ---- Cases: a unit, the stack it stands in, a shape and options ---------------------------------
+
+enum { VARIETIES = 10, STACKS = 4, BEYOND = 70, MOST_CASES = 4096, WORD = 400 };
+
+typedef struct {
+    int number;
+    char unit[WORD];  // "conv:2:70:lrelu2"
+    Config config;
+    int B, T, stack;
+    bool beyond;  // one of its numbers lies beyond every window
+    float dropout;
+    int passes;
+} Case;
+
+static Case cases[MOST_CASES];
+static int n_cases;
+
+static const struct {
+    int B, T, C;
+} shapes[] = {{2, 9, 8}, {3, 2, 8}, {1, 37, 33}, {2, 1, 8}, {3, 9, 1}, {1, 2, 33}, {2, 37, 8}};
+enum { SHAPES = sizeof shapes / sizeof *shapes };
+
+// format takes the value, or nothing.
+static void append(char *text, size_t size, const char *format, int value) {
+    size_t used = strlen(text);
+    snprintf(text + used, size - used, format, value);
+}
+
+static int declared_numbers(const Mixer *m) {
+    int n = 0;
+    while (n < 4 && m->numbers[n].name) n++;
+    return n;
+}
+
+static int within(const Number *n, int value) { return value < n->high ? value : n->high; }
+
+// A unit of mixer m without its activation; false where the row has no such variety.
+//   0        nothing given: the defaults
+//   1 to 3   every number at its lowest, one above, two above
+//   4 to 7   one number BEYOND the windows, the others one above their lowest
+//   8, 9     the last number three times, and seven times: more than there are places to wait in
+static bool unit_of(const Mixer *m, int variety, char *text, size_t size) {
+    int n = declared_numbers(m), beyond = variety - 4;
+    snprintf(text, size, "%s", m->name);
+    if (variety == 0) return true;
+    if (n == 0 || (variety >= 8 && !m->repeats)) return false;
+    if (variety >= 4 && variety < 8 && (beyond >= n || m->numbers[beyond].high < BEYOND))
+        return false;
+    for (int i = 0; i < n; i++) {
+        int value = m->numbers[i].low + (variety < 4 ? variety - 1 : 1);
+        append(text, size, ":%d", i == beyond ? BEYOND : within(&m->numbers[i], value));
+    }
+    for (int i = 1; variety >= 8 && i < (variety == 8 ? 3 : 7); i++)
+        append(text, size, ":%d", within(&m->numbers[n - 1], m->numbers[n - 1].low + i % 3));
+    return true;
+}
+
+// Texts that the units allow but the channels do not (a width) are left out.
+static void add_case(const Mixer *m, int variety, int stack, int activation, const char *unit) {
+    static const char *const stacks[STACKS] = {"%s", "%s %s", "conv:2:1 %s block:2:1:3",
+                                               "block:2:1:3 %s conv:2:1"};
+    int i = variety * STACKS + stack, turn = variety + stack + activation;
+    Case c = {.number = n_cases, .stack = stack, .beyond = variety >= 4 && variety < 8,
+              .B = shapes[(i + 3 * activation) % SHAPES].B,
+              .T = shapes[(i + 3 * activation) % SHAPES].T,
+              .dropout = turn % 2 ? 0.25f : 0, .passes = 1 + (turn / 2) % 2};
+    int C = shapes[(i + 3 * activation) % SHAPES].C;
+    snprintf(c.unit, sizeof c.unit, "%s", unit);
+    // What names no activation, the neighbours, has another one.
+    c.config = (Config){.channels = c.beyond && C > 8 ? 8 : C, .tie = turn / 3 % 2,
+                        .activation = (Activation)((activation + 1) % N_ACTIVATIONS),
+                        .softcap = turn % 5 == 0 ? 5.0625f : 0};
+    c.config.latent = c.config.tie ? c.config.channels : c.config.channels + 3;
+    snprintf(c.config.units, sizeof c.config.units, stacks[stack], unit, unit);
+    Error e;
+    if (config_check(&c.config, &e)) {
+        if (variety == 0) check(false, "%s with its defaults: %s", m->name, e.text);
+        return;
+    }
+    need(n_cases < MOST_CASES, "more cases than there is room for");
+    cases[n_cases++] = c;
+}
+
+static void make_cases(void) {
+    char unit[WORD];
+    for (int i = 0; i < n_mixers; i++)
+        for (int a = 0; a < (mixers[i]->activation ? N_ACTIVATIONS : 1); a++)
+            for (int v = 0; v < VARIETIES; v++) {
+                if (!unit_of(mixers[i], v, unit, sizeof unit)) continue;
+                // The square of a square .. seven deep leaves the range of numbers.
+                if (v == VARIETIES - 1 && act_value((Activation)a, 1000) > 2000) continue;
+                size_t used = strlen(unit);
+                if (mixers[i]->activation)
+                    snprintf(unit + used, sizeof unit - used, ":%s", activation_names[a]);
+                for (int s = 0; s < STACKS; s++) add_case(mixers[i], v, s, a, unit);
+            }
+}
+
+// The case in words. The text lasts until the next call.
+static const char *words(const char *who, const Case *c) {
+    static char text[UNITS_TEXT + 128];
+    snprintf(text, sizeof text, "%s, %s%s, B %d T %d C %d%s%s", who, c->config.units,
+             c->config.tie ? ", tied" : "", c->B, c->T, c->config.channels,
+             c->dropout > 0 ? ", dropout" : "", c->passes > 1 ? ", 2 passes" : "");
+    return text;
+}
+
+static Training training_of(const Case *c) {
+    return (Training){.dropout = c->dropout, .byte_dropout = c->dropout / 2, .seed = 4,
+                      .passes = c->passes,
+                      // a large eps: a step is then no sign of a gradient that is almost zero
+                      .hyper = {.steps = 10, .lr = 1e-2, .min_lr = 1e-3, .beta1 = 0.9,
+                                .beta2 = 0.99, .eps = 1e-2, .weight_decay = 0.1, .clip = 1,
+                                .ema = 0.9}};
+}
+
+static void open_case(Model *m, const Backend *be, const Case *c) {
+    enum { BYTES = 400 };
+    const Training training = training_of(c);
+    uint8_t text[BYTES];
+    const uint64_t length[] = {BYTES / 4, BYTES - BYTES / 4};
+    Error e;
+    open_or_die(m, be, &c->config, c->B, c->T, &training);
+    fill_params(m, 403);
+    for (int i = 0; i < BYTES; i++) text[i] = (uint8_t)(random_value(60, (size_t)i) * 128 + 128);
+    if (model_set_corpus(m, text, length, 2, &e)) need(false, e.text);
+}
+
+// The gradients (n_params, host) of a step. Its loss is made NaN: the optimizer then changes
+// nothing, and leaves them where they are.
+static real *step_gradients(Model *m) {
+    const double nan = NAN;
+    real *host = new_reals(m->n_params);
+    m->backend->upload(&m->state->loss_sum, &nan, sizeof nan);
+    model_train_step(m);
+    model_read(m, host, m->grads);
+    m->backend->zero(m->grads, m->n_params * sizeof(real));
+    return host;
+}
+
+// Where nothing but norm_out's bias (LayerNorm of one channel is its bias) or nothing but a byte
+// itself comes through, some tensors cannot count.
+static bool may_be_dead(const Model *m) { return m->config.channels == 1 || m->T == 1; }
+
+// The largest gradient of all tensors: the measure of what is zero but for rounding.
+static double largest_gradient(const Model *m, const real *grads) {
+    return largest_value(grads, m->n_params);
+}
+
+// |a - b| / |b|, norms over the array. NaN if there is one.
+static double norm_error(const real *a, const real *b, size_t n) {
+    double diff = 0, size = 0;
+    for (size_t i = 0; i < n; i++) {
+        diff += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        size += (double)b[i] * (double)b[i];
+    }
+    return sqrt(diff) / sqrt(size);
+}
+
+// Every tensor's gradient against another backend's, in one line: the worst of them.
+static void compare_gradients(const Model *m, const char *where, const real *grads,
+                              const real *expected, double bound, double zero) {
+    double worst = 0, most = largest_gradient(m, expected);
+    const char *name = "none";
+    check(most > 0, "%s: there are gradients", where);
+    for (int i = 0; i < m->n_tensors; i++) {
+        const Tensor *t = &m->tensors[i];
+        const real *a = grads + t->offset, *b = expected + t->offset;
+        bool dead = may_be_dead(m) && largest_value(b, t->size) <= zero * most;
+        // of a dead tensor: beside the largest gradient of all, on the scale of the bound
+        double error = dead ? largest_value(a, t->size) / most / zero * bound
+                            : norm_error(a, b, t->size);
+        if (!(error <= worst)) worst = error, name = t->name;
+    }
+    check_error(worst, bound, "%s: gradients, the worst of %s", where, name);
+}
+
+#if !IN_DOUBLE
+// ---- One backend against another ----------------------------------------------------------------
+
+typedef struct {
+    double loss, gradient;  // relative
+    double steps;           // the loss of any of a few steps, nats per byte
+} Bounds;
+
+// float32 differs by the order of its sums. bf16 activations keep 8 bits: a logit of 3 is rounded by
+// up to 0.006, and the loss here is the mean of as few as two rows. (Worst on an H100: 0.0027 and,
+// after three steps, 0.018 nats.) tests/test_kernels.c has closer bounds for larger batches.
+static Bounds bounds_of(const Backend *be) {
+    if (be == &plain_backend) return (Bounds){1e-5, 1e-5, 1e-4};
+    return be->act_bytes == 2 ? (Bounds){1e-2, 3e-2, 3e-2} : (Bounds){1e-4, 1e-4, 1e-3};
+}
+
+enum { STEPS = 3 };
+
+// Takes a few steps; their losses.
+static void take_steps(Model *m, double losses[STEPS]) {
+    StepFigures f[STEPS];
+    for (int i = 0; i < STEPS; i++) model_train_step(m);
+    m->backend->download(f, m->state->ring, sizeof f);
+    for (int i = 0; i < STEPS; i++) losses[i] = (double)f[i].loss;
+}
+
+static void test_backend(const Backend *be, const Case *c) {
+    Model m, cpu;
+    const Bounds bounds = bounds_of(be);
+    char where[UNITS_TEXT + 128];
+    snprintf(where, sizeof where, "%s", words(be->name, c));
+    open_case(&m, be, c);
+    open_case(&cpu, &cpu_backend, c);
+    real *grads = step_gradients(&m), *expected = step_gradients(&cpu);
+    compare_gradients(&m, where, grads, expected, bounds.gradient, 1e-2);
+    double losses[STEPS], expected_losses[STEPS], worst = 0;
+    take_steps(&m, losses);
+    take_steps(&cpu, expected_losses);
+    for (int i = 0; i < STEPS; i++) {
+        double error = fabs(losses[i] - expected_losses[i]);
+        if (!(error <= worst)) worst = error;
+    }
+    check_error(fabs(losses[0] / expected_losses[0] - 1), bounds.loss, "%s: loss", where);
+    check_error(worst, bounds.steps, "%s: losses of %d steps", where, STEPS);
+    model_read(&m, grads, m.params);
+    model_read(&cpu, expected, cpu.params);
+    check_error(norm_error(grads, expected, m.n_params), bounds.gradient, "%s: parameters after",
+                where);
+    model_read(&m, grads, m.ema);
+    model_read(&cpu, expected, cpu.ema);
+    check_error(norm_error(grads, expected, m.n_params), bounds.gradient, "%s: their average",
+                where);
+    const char *error = be->error();
+    if (error) check(false, "%s: %s", where, error);
+    free(grads), free(expected);
+    model_free(&m);
+    model_free(&cpu);
+}
+
+// ---- Dropout ------------------------------------------------------------------------------------
+
+enum { MOST_NOTED = 64 };
+static uint32_t noted[MOST_NOTED];
+static int n_noted;
+
+static void noting_forward(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
+                           void *work) {
+    if (e.drop.threshold && n_noted < MOST_NOTED) noted[n_noted++] = e.drop.purpose;
+    cpu_backend.conv_forward(x, w, b, e, s, work);
+}
+
+// No two dropouts of a model draw the same numbers, nor two passes; inference drops nothing.
+static void test_dropout(const Case *c) {
+    Model m;
+    Backend noting = cpu_backend;
+    const Pass pass = {.first = 3};
+    bool numbered = true, passes = true, inference = true, different = true;
+    int before = 0;
+    noting.conv_forward = noting_forward;
+    open_case(&m, &noting, c);
+    for (int i = 0; i < m.U; i++) {
+        const Unit *u = &m.units[i];
+        for (int j = 0; j < u->dropouts; j++) {
+            Dropout d = unit_dropout(&m, u, j, &pass);
+            numbered = numbered && d.purpose == RNG_DROPOUT + (uint32_t)before++;
+            passes = passes && d.first == 3 * (uint64_t)m.T && d.threshold == 64;
+            d = unit_dropout(&m, u, j, NULL);
+            inference = inference && d.threshold == 0;
+        }
+    }
+    for (int n = 0; n < m.B * m.T; n++) m.ids[n] = n % V;
+    n_noted = 0;
+    model_forward(&m, &pass);
+    for (int i = 0; i < n_noted; i++) {
+        different = different && noted[i] < RNG_DROPOUT + (uint32_t)before;
+        for (int j = 0; j < i; j++) different = different && noted[i] != noted[j];
+    }
+    check(numbered, "dropout, %s: numbered one after the other", c->config.units);
+    check(passes, "dropout, %s: a pass draws for rows of its own", c->config.units);
+    check(inference, "dropout, %s: none in inference", c->config.units);
+    check(different, "dropout, %s: no two draw the same", c->config.units);
+    model_free(&m);
+}
+
+// ---- Causality and reach ------------------------------------------------------------------------
+
+enum { ROWS = 3, CHANGED = 1, LONG = 128 };  // windows; the one that changes, the others watch
+
+// Position n of the pass reads byte 83*n + 5: neighbours differ.
+static int byte_at(size_t n) { return (int)((83 * n + 5) % V); }
+
+// logits (N,V) with byte `at` of window CHANGED another one; -1: none.
+static void forward_with(Model *m, int at, real *logits) {
+    const Pass pass = {0};
+    size_t N = (size_t)m->B * (size_t)m->T;
+    int *ids = malloc(N * sizeof *ids);
+    need(ids != NULL, "out of memory");
+    for (size_t n = 0; n < N; n++) ids[n] = byte_at(n);
+    if (at >= 0) ids[CHANGED * m->T + at] = (ids[CHANGED * m->T + at] + 101) % V;
+    m->backend->upload(m->ids, ids, N * sizeof *ids);
+    model_forward(m, &pass);
+    m->backend->read_acts(logits, m->logits, N * V);
+    free(ids);
+}
+
+static bool same_at(const real *a, const real *b, int n) {
+    return same_bits(a + (size_t)n * V, b + (size_t)n * V, V);
+}
+
+// Changes byte t and looks at all outputs. reach: of the whole stack.
+static void change_byte(Model *m, const char *where, int t, int64_t reach, const real *base,
+                        real *now) {
+    int T = m->T;
+    bool others = true, before = true, after = true;
+    forward_with(m, t, now);
+    for (int n = 0; n < ROWS * T; n++) {
+        bool same = same_at(base, now, n);
+        if (n / T != CHANGED) others = others && same;
+        if (n / T == CHANGED && n % T < t) before = before && same;
+        if (n / T == CHANGED && n % T > t + reach) after = after && same;
+    }
+    check(others, "%s: byte %d changes no other row", where, t);
+    check(before, "%s: byte %d changes nothing before it", where, t);
+    check(!same_at(base, now, CHANGED * T + t), "%s: byte %d changes its own output", where, t);
+    if (t + reach + 1 < T)
+        check(after, "%s: byte %d changes nothing more than %lld later", where, t,
+              (long long)reach);
+    if (t + reach < T && m->training.dropout == 0)  // which may drop the one way that leads there
+        check(!same_at(base, now, CHANGED * T + t + (int)reach),
+              "%s: byte %d changes the output %lld later", where, t, (long long)reach);
+}
+
+static void test_causality(const Backend *be, const Case *original) {
+    Case c = *original;
+    // Of one channel LayerNorm leaves the bias: nothing would reach the output.
+    if (c.config.channels == 1) c.config.channels = 8;
+    c.config.latent = c.config.channels;
+    int64_t reach = config_receptive_field(&c.config) - 1;
+    c.B = ROWS;
+    c.T = reach + 4 <= LONG ? (int)reach + 4 : c.T;
+    c.passes = 1;
+    Model m;
+    Training training = training_of(&c);
+    char where[UNITS_TEXT + 128];
+    snprintf(where, sizeof where, "%s", words(be->name, &c));
+    open_or_die(&m, be, &c.config, c.B, c.T, &training);
+    fill_params(&m, 100);
+    size_t n = (size_t)c.B * (size_t)c.T * V;
+    real *base = new_reals(n), *now = new_reals(n);
+    forward_with(&m, -1, base);
+    change_byte(&m, where, 0, reach, base, now);
+    if (c.T > 1) change_byte(&m, where, 1, reach, base, now);
+    if (c.T > 3) change_byte(&m, where, c.T / 2, reach, base, now);
+    free(base), free(now);
+    model_free(&m);
+}
+
+// ---- Streaming ----------------------------------------------------------------------------------
+
+// S streams of the texts in m->ids, one a row, on a stream that has run before: -1, or the first
+// position at which a bit differs from logits (N,V) or latents (N,D).
+static int first_difference(Stream *s, int S, int T, const int *ids, const real *logits,
+                            const real *latents) {
+    int D = s->table.config.latent, at = -1;
+    real *l = new_reals((size_t)S * V), *z = new_reals((size_t)S * (size_t)D);
+    int bytes[MAX_STREAMS] = {0};
+    stream_begin(s, S);
+    for (int t = 0; t < 20; t++) stream_push(s, bytes, NULL, l);
+    stream_begin(s, S);
+    for (int t = 0; t < T && at < 0; t++) {
+        for (int j = 0; j < S; j++) bytes[j] = ids[j * T + t];
+        stream_push(s, bytes, z, l);
+        for (int j = 0; j < S; j++) {
+            size_t n = (size_t)(j * T + t);
+            if (!same_bits(l + (size_t)j * V, logits + n * V, V) ||
+                !same_bits(z + (size_t)j * (size_t)D, latents + n * (size_t)D, (size_t)D))
+                at = t;
+        }
+    }
+    free(l), free(z);
+    return at;
+}
+
+static void test_streaming(const Case *c) {
+    enum { STREAMS = 3 };
+    // Longer than the rings: they wrap.
+    int T = c->beyond ? 2 * BEYOND + 10 : 37, N = STREAMS * T;
+    Model m;
+    open_or_die(&m, &cpu_backend, &c->config, STREAMS, T, NULL);
+    fill_params(&m, 77);
+    for (int n = 0; n < N; n++)
+        m.ids[n] = (int)(philox(5, (uint32_t)n, 0, 0, RNG_TEST).v[0] % V);
+    model_forward(&m, NULL);
+    for (int capacity = 1; capacity <= STREAMS; capacity += STREAMS - 1)
+        for (int S = capacity; S > 0; S--) {
+            Stream s;
+            Error e;
+            if (stream_open(&s, &c->config, m.params, capacity, &e)) need(false, e.text);
+            int at = first_difference(&s, S, T, m.ids, m.logits, model_latents(&m));
+            check(at < 0, "streaming, %s, C %d: %d of %d streams, %d bytes%s", c->config.units,
+                  c->config.channels, S, capacity, T, at < 0 ? "" : ": a bit differs");
+            stream_free(&s);
+        }
+    model_free(&m);
+}
+
+// ---- Checkpoints --------------------------------------------------------------------------------
+
+static char folder[] = "/tmp/test_units.XXXXXX";
+
+static bool same_config(const Config *a, const Config *b) {
+    return a->channels == b->channels && a->latent == b->latent && a->activation == b->activation &&
+           a->tie == b->tie && a->softcap == b->softcap && strcmp(a->units, b->units) == 0;
+}
+
+static void test_checkpoint(const Case *c) {
+    char path[64], where[UNITS_TEXT + 32];
+    Model m;
+    Error e;
+    Checkpoint ck;
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    snprintf(where, sizeof where, "checkpoint, %s", c->config.units);
+    open_or_die(&m, &cpu_backend, &c->config, 1, 1, NULL);
+    fill_params(&m, 31);
+    const Role role = {"", m.params};
+    bool saved = checkpoint_save(path, &m, &role, 1, NULL, 0, &e) == 0;
+    check(saved, "%s: saved%s%s", where, saved ? "" : ": ", saved ? "" : e.text);
+    bool opened = saved && checkpoint_open(&ck, path, &e) == 0;
+    check(opened, "%s: opened%s%s", where, !saved || opened ? "" : ": ",
+          !saved || opened ? "" : e.text);
+    if (opened) {
+        real *back = new_reals(m.n_params);
+        check(same_config(&ck.config, &c->config) && checkpoint_match(&ck, &c->config, &e) == 0,
+              "%s: the configuration comes back", where);
+        check(ck.n_params == m.n_params && checkpoint_read(&ck, "", back, &e) == 0 &&
+                  same_bits(back, m.params, m.n_params),
+              "%s: every parameter comes back", where);
+        free(back);
+        checkpoint_close(&ck);
+    }
+    unlink(path);
+    model_free(&m);
+}
+
+// ---- Text ---------------------------------------------------------------------------------------
+
+static Unit parsed[MAX_UNITS], again[MAX_UNITS];
+
+static void test_text(const Case *c) {
+    char one[WORD], all[8 * WORD] = "";
+    Error e;
+    const Config *config = &c->config;
+    int n = units_parse(config->units, config->channels, config->activation, parsed, &e);
+    for (int i = 0; i < n; i++) {
+        unit_text(&parsed[i], config->activation, one, sizeof one);
+        snprintf(all + strlen(all), sizeof all - strlen(all), " %s", one);
+    }
+    int m = units_parse(all, config->channels, config->activation, again, &e);
+    bool same = n > 0 && m == n;
+    for (int i = 0; i < n && same; i++)
+        same = unit_same(&parsed[i], &again[i]) && again[i].index == i &&
+               parsed[i].activation == again[i].activation;
+    check(same, "text, %s: printed as%s, the same units", config->units, all);
+    if (c->stack != 0) return;
+    // Whatever is not `usual` is printed: the text is the unit as it was given.
+    unit_text(&parsed[0], config->activation, one, sizeof one);
+    bool given = parsed[0].mixer->activation && strchr(c->unit, ':');
+    size_t bare = strlen(parsed[0].mixer->name);
+    check(!given || strcmp(one, c->unit) == 0 || c->unit[bare + 1] > '9', "text, %s: printed as %s",
+          c->unit, one);
+}
+
+// Of units_parse: the number of units, or minus the character that the message points at.
+static int parse(const char *text) {
+    Error e;
+    int n = units_parse(text, 8, ACT_gelu, parsed, &e);
+    if (n >= 0) return n;
+    const char *at = strstr(e.text, "at character ");
+    return at ? -atoi(at + strlen("at character ")) : -9999;
+}
+
+static void check_parse(int expected, const char *text) {
+    int n = parse(text);
+    check(n == expected, "text, '%.60s': %d, expected %d (units, or minus the character)", text, n,
+          expected);
+}
+
+// The same of `base` and an ending.
+static void check_ending(int expected, const char *base, const char *format, int value) {
+    char text[2 * WORD];
+    snprintf(text, sizeof text, "%s", base);
+    append(text, sizeof text, format, value);
+    check_parse(expected, text);
+}
+
+// What the row does not allow, and where the message points.
+static void test_refusals(const Mixer *m) {
+    char text[WORD], base[WORD];
+    int n = declared_numbers(m), length = (int)strlen(m->name);
+    snprintf(base, sizeof base, "%s", m->name);
+    for (int i = 0; i < n; i++) {
+        const Number *d = &m->numbers[i];
+        int at = (int)strlen(base) + 2;
+        if (d->low > 0) check_ending(-at, base, ":%d", d->low - 1);
+        check_ending(-at, base, ":%d", d->high + 1);
+        check_ending(-at, base, ":1234567890", 0);
+        append(base, sizeof base, ":%d", d->low);
+    }
+    for (int i = n; m->repeats && i < MAX_NUMBERS; i++)
+        append(base, sizeof base, ":%d", m->numbers[n - 1].low);
+    check_parse(1, base);  // as many numbers as the row takes
+    check_ending(-(int)strlen(base) - 2, base, ":%d", n ? m->numbers[n - 1].low : 1);
+    check_ending(-length - 2, m->name, ":nothing", 0);
+    check_ending(-length - 2, m->name, ":", 0);
+    check_ending(-length - 1, m->name, ", conv", 0);
+    snprintf(text, sizeof text, "2x(%s 3x (%s) ) (%s)", m->name, m->name, m->name);
+    check_parse(9, text);
+    if (m->activation) {
+        snprintf(text, sizeof text, "%s:lrelu2 %s:none %s", m->name, m->name, m->name);
+        check_parse(3, text);
+        check(parsed[0].activation == ACT_lrelu2 && parsed[1].activation == ACT_none &&
+                  parsed[2].activation == ACT_gelu, "text, %s: each its activation", text);
+        check(!unit_same(&parsed[0], &parsed[1]), "text, %s: no two the same", text);
+    }
+}
+
+static void test_grammar(void) {
+    char text[2 * WORD];
+    const char *groups = "2x(conv 2x(conv:3) )";
+    const int taps[] = {2, 3, 3, 2, 3, 3};
+    bool order = true;
+    check_parse(6, groups);
+    for (int i = 0; i < 6; i++)
+        order = order && parsed[i].index == i && parsed[i].numbers[0] == taps[i];
+    check(order, "text, '%s': the order of the groups", groups);
+    check_parse(4096, "4096x(conv)");
+    check_parse(-1, "4097x(conv)");
+    check_parse(-14, "4095x(conv)  2x(conv)");
+    check_parse(-13, "4096x(conv) conv");
+    check_parse(-1, "0x(conv)");
+    check_parse(-3, "3xconv");
+    check_parse(-1, "3 conv");
+    check_parse(-1, "1234567890x(conv)");
+    check_parse(-3, "2x(conv");
+    check_parse(-5, "conv)");
+    check_parse(-1, "convolution");
+    check_parse(-6, "conv\t?");
+    check_parse(-9999, "");
+    check_parse(-9999, " ( ) ");
+    text[0] = 0;
+    for (int i = 0; i < 16; i++) append(text, sizeof text, "(", 0);
+    append(text, sizeof text, "conv", 0);
+    for (int i = 0; i < 16; i++) append(text, sizeof text, ")", 0);
+    check_parse(1, text);
+    char deeper[2 * WORD + 2];
+    snprintf(deeper, sizeof deeper, "(%s)", text);
+    check_parse(-17, deeper);
+}
+
+#else
+// ---- Gradients, in double -----------------------------------------------------------------------
+
+// The loss that a training step differentiates.
+static double step_loss(void *arg) {
+    Model *m = arg;
+    const Training *t = &m->training;
+    size_t N = (size_t)m->B * (size_t)m->T;
+    double sum = 0;
+    for (int p = 0; p < t->passes; p++) {
+        const Pass pass = {.first = (uint64_t)p * (uint64_t)m->B};
+        m->backend->draw_batch(m->ids, m->targets, m->corpus, m->state, t->seed,
+                               (uint32_t)(t->byte_dropout * 65536 + 0.5f), pass.first, m->B, m->T);
+        model_forward(m, &pass);
+        m->backend->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, 0, N);
+        for (size_t n = 0; n < N; n++) sum += (double)m->losses[n];
+    }
+    return sum * (double)(1 / ((float)t->passes * (float)N));  // in float, as the step has it
+}
+
+// Finite differences of one CPU backend; the other one has the same gradients.
+static void test_gradients(const Case *c) {
+    Model m, other;
+    bool swap = c->number / 2 % 2;
+    const Backend *be = swap ? &plain_backend : &cpu_backend;
+    char where[UNITS_TEXT + 128];
+    open_case(&m, be, c);
+    open_case(&other, swap ? &cpu_backend : &plain_backend, c);
+    real *grads = step_gradients(&m), *others = step_gradients(&other);
+    snprintf(where, sizeof where, "%s", words("cpu and plain", c));
+    compare_gradients(&m, where, others, grads, 1e-10, 1e-10);
+    snprintf(where, sizeof where, "%s", words(be->name, c));
+    for (int i = 0; i < m.n_tensors; i++) {
+        const Tensor *t = &m.tensors[i];
+        check_gradient(where, t->name, m.params + t->offset, t->size, grads + t->offset,
+                       may_be_dead(&m), step_loss, &m);
+    }
+    free(grads), free(others);
+    model_free(&m);
+    model_free(&other);
+}
+
+// A stack so deep that more weight gradients wait than there is room for. All parameters at once.
+static void test_deep(const Mixer *mixer) {
+    Case c = {.config = {.channels = 8, .latent = 11, .activation = ACT_gelu}, .B = 2, .T = 9,
+              .dropout = 0.25f, .passes = 1};
+    Model m;
+    snprintf(c.config.units, sizeof c.config.units, "40x(%s)", mixer->name);
+    open_case(&m, &cpu_backend, &c);
+    real *grads = step_gradients(&m);
+    check_gradient(words("cpu", &c), "every tensor", m.params, m.n_params, grads, false, step_loss,
+                   &m);
+    free(grads);
+    model_free(&m);
+}
+
+#endif
+
+// ---- All of them --------------------------------------------------------------------------------
+
+#if IN_DOUBLE
+int main(void) {
+    set_threads(1);  // a hundred thousand tiny calls
+    make_cases();
+    for (int i = 0; i < n_mixers; i++) test_deep(mixers[i]);
+    for (int i = 0; i < n_cases; i++) test_gradients(&cases[i]);
+    return finish();
+}
+#else
+// The program in double: its lines are taken over, and counted here.
+static void run_in_double(const char *program) {
+    char command[4096], line[4096];
+    snprintf(command, sizeof command, "'%s_f64'", program);
+    fflush(stdout);
+    FILE *pipe = popen(command, "r");
+    need(pipe != NULL, command);
+    int before = passed;
+    while (fgets(line, sizeof line, pipe)) {
+        bool ok = strncmp(line, "ok ", 3) == 0, bad = strncmp(line, "FAIL", 4) == 0;
+        if (ok || bad) {
+            fputs(line, stdout);
+            count_check(ok);
+        }
+    }
+    check(pclose(pipe) == 0 && passed > before, "%s checks gradients and exits with 0", command);
+}
+
+static void test_gpu(void) {
+    Error e;
+    int n = 0;
+    if (gpu_open(NULL, &e)) {
+        skip("naive, tiled, tensor: every unit against the CPU (no GPU)");
+        skip("naive, tiled, tensor: causality and reach of every unit (no GPU)");
+        return;
+    }
+    const char *const *names = gpu_backend_names(&n);
+    for (int i = 0; i < n; i++) {
+        const Backend *be = gpu_backend(names[i], &e);
+        if (!be) {
+            printf("skip %s: %s\n", names[i], e.text);
+            skipped++;
+            continue;
+        }
+        for (int j = 0; j < n_cases; j++) test_backend(be, &cases[j]);
+        for (int j = 0; j < n_cases; j++) test_causality(be, &cases[j]);
+    }
+}
+
+int main(int argc, char **argv) {
+    bool alone = argc == 2 && strcmp(argv[1], "--float") == 0;
+    if (argc > 1 && !alone) {
+        fprintf(stderr, "usage: test_units, or --float: without test_units_f64\n");
+        return 2;
+    }
+    set_threads(1);  // a hundred thousand tiny calls; that threads change nothing: test_model
+    make_cases();
+    test_grammar();
+    for (int i = 0; i < n_mixers; i++) test_refusals(mixers[i]);
+    for (int i = 0; i < n_cases; i++) test_text(&cases[i]);
+    for (int i = 0; i < n_cases; i++) test_backend(&plain_backend, &cases[i]);
+    for (int i = 0; i < n_cases; i++)
+        if (cases[i].dropout > 0) test_dropout(&cases[i]);
+    for (int i = 0; i < n_cases; i++)
+        test_causality(i % 2 ? &cpu_backend : &plain_backend, &cases[i]);
+    for (int i = 0; i < n_cases; i++) test_streaming(&cases[i]);
+    need(mkdtemp(folder) != NULL, "no folder for checkpoints");
+    for (int i = 0; i < n_cases; i++)
+        if (cases[i].stack == 2) test_checkpoint(&cases[i]);
+    rmdir(folder);
+    test_gpu();
+    if (!alone) run_in_double(argv[0]);
+    return finish();
+}
+#endif
