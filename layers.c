@@ -82,12 +82,12 @@ static void plain_norm_backward(act *again, real *dgain, real *dbias, const act 
     (void)work;
     for (size_t n = 0; n < N; n++) {
         const real *x_n = (const real *)x + n * C;
-        real *dx_n = (real *)e.dx + n * C, *pre_n = (real *)e.pre + n * C;
+        real *dx_n = (real *)e.dx + n * C, *pre_n = e.pre ? (real *)e.pre + n * C : NULL;
         norm_row_backward(dx_n, dgain, dbias, (const real *)dout + n * C, x_n, gain, C,
                           e.accumulate);
         if (again) norm_row((real *)again + n * C, x_n, gain, bias, C);  // only now: it may be x
         // forward, below:  x = residual + scale * f(pre)
-        for (int c = 0; e.pre && c < C; c++)
+        for (int c = 0; pre_n && c < C; c++)
             pre_n[c] = dx_n[c] * (e.drop.scale * act_slope(e.activation, pre_n[c]));
     }
     CPU_DONE("norm_backward", 0, norm_arrays(again, e) * array_bytes(sizeof(real), N, C));

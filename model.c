@@ -631,9 +631,8 @@ static Epilogue into_stream(const Model *m, int i, bool accumulate) {
 // One layer's weight gradient by itself, for the head. with_bias: the tied head has none.
 static int head_weight(Model *m, const Linear *l, bool with_bias, const act *x, const act *dy) {
     const WeightJob job = {m->grads + l->weight, with_bias ? m->grads + l->bias : NULL, x, dy, 1};
-    fork(m);
-    m->backend->conv_backward_weight(&job, 1, linear_shape(m, l), m->side_work);
-    return end_fork(m);
+    run_jobs(m, &job, 1, linear_shape(m, l));
+    return m->queue.fork;
 }
 
 // Through head, projection and the last norm: x[U] becomes dx. Returns the fork that computes the
@@ -681,7 +680,6 @@ static void unit_backward(Model *m, int i, const Pass *pass) {
         dy = m->dy;
     }
     if (!u->mixer->norm) {
-        before_write(m, m->dx);
         u->mixer->backward(m, u, m->x[i], dy, into_stream(m, i, true), pass);
         return;
     }
@@ -702,7 +700,6 @@ void model_backward(Model *m, const Pass *pass) {
     const real *P = m->params;
     real *G = m->grads;
     const int head = head_backward(m);
-    m->queue.fork = head;
     for (int i = m->U - 1; i >= 0; i--) unit_backward(m, i, pass);
     run_groups(m, true);
     // A tied head's weight gradient has been added to the embedding's, too.

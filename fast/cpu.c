@@ -378,7 +378,7 @@ static int thread_count(void) {
 static void cpu_conv_forward(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
                              void *work) {
     size_t N = (size_t)s.B * s.T, O = (size_t)s.O;
-    bool drop = e.out && e.drop.threshold;
+    bool drop = e.drop.threshold != 0;
     // A linear map's sums go where they are wanted. Else they go through pre or, where nobody keeps
     // that, through a chunk of the thread's own.
     bool linear = !e.pre && e.activation == ACT_none && !e.residual && !drop;
