@@ -64,7 +64,8 @@ void add_tensor(Model *m, const Unit *u, size_t *where, const char *name, int nd
         m->tensors = more;
     }
     Tensor *t = &m->tensors[m->n_tensors++];
-    *t = (Tensor){.dims = {d0, d1, d2}, .ndim = ndim, .decay = ndim > 1, .where = where};
+    *t = (Tensor){.dims = {d0, d1, d2}, .ndim = ndim, .dil = 1, .decay = ndim > 1,
+                  .where = where};
     if (u)
         snprintf(t->name, sizeof t->name, "units.%d.%s", u->index, name);
     else
@@ -87,6 +88,7 @@ void add_linear(Model *m, const Unit *u, Linear *l, const char *name, bool linea
         add_tensor(m, u, &l->weight, full, 2, l->C, l->O, 0);
     else
         add_tensor(m, u, &l->weight, full, 3, l->K, l->C, l->O);
+    if (m->n_tensors > 0) m->tensors[m->n_tensors - 1].dil = l->dil;
     snprintf(full, sizeof full, "%s.bias", name);
     add_tensor(m, u, &l->bias, full, 1, l->O, 0, 0);
 }

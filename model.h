@@ -152,6 +152,7 @@ typedef struct {
     char name[56];     // as PyTorch would name it: units.3.conv.weight
     int dims[3];       // as stored here; a conv weight is (K,C,O), a linear one (C,O)
     int ndim;
+    int dil;           // of a conv's weight; else 1
     bool decay;        // matrices are decayed, gains and biases are not
     size_t offset;     // of its first value in params, grads, m, v and ema alike
     size_t size;

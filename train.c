@@ -646,6 +646,17 @@ static void print_tensor(const Tensor *t) {
     fprintf(stderr, ")%s\n", t->decay ? " decayed" : "");
 }
 
+// " (K,C,O)" and, where that is not the tensor backend's fastest kernel, which one runs it.
+static void print_matrix(const Model *m, const Tensor *t) {
+    int K = t->ndim == 3 ? t->dims[0] : 1, C = t->dims[t->ndim - 2], O = t->dims[t->ndim - 1];
+    fprintf(stderr, " (");
+    if (t->ndim == 3) fprintf(stderr, "%d,", K);
+    fprintf(stderr, "%d,%d)", C, O);
+    if (strcmp(m->backend->name, "tensor") != 0) return;
+    const char *rung = tensor_rung((ConvShape){m->B, m->T, C, O, K, t->dil});
+    if (strcmp(rung, "wgmma") != 0) fprintf(stderr, " by %s", rung);
+}
+
 // One line: a unit's text, formula, matrices, parameters and reach; times: how many stand in a row.
 static void print_unit(const Model *m, const Unit *u, int times) {
     char text[256], own[32], row[32] = "";
@@ -658,8 +669,7 @@ static void print_unit(const Model *m, const Unit *u, int times) {
         const Tensor *t = &m->tensors[i];
         if (strncmp(t->name, own, (size_t)n) != 0) continue;
         params += t->size;
-        if (t->ndim == 2) fprintf(stderr, " (%d,%d)", t->dims[0], t->dims[1]);
-        if (t->ndim == 3) fprintf(stderr, " (%d,%d,%d)", t->dims[0], t->dims[1], t->dims[2]);
+        if (t->ndim > 1) print_matrix(m, t);
     }
     fprintf(stderr, "  %zu parameters, reaches %lld back\n", params,
             (long long)u->mixer->reach(u));

@@ -55,22 +55,20 @@ program() {
 # source TEST: where it stands, without .c
 source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1"; else echo "$1"; fi; }
 
+# build TEST: that program and what it runs
 build() {
     model="model layers fast/cpu support/units support/score support/stream"
     for mixer in mixers/*.c; do model="$model ${mixer%.c}"; done
     core="$model support/checkpoint support/output"
-    for test in $TESTS; do
-        source=$(source_of "$test")
-        case $test in
-        test_gradcheck)
-            program test_gradcheck _f64.o "$source" $model &&
-                program test_gradcheck_f32 .o "$source" $model || return 1 ;;
-        test_units_f64) program "$test" _f64.o tests/test_units $model || return 1 ;;
-        test_sample)
-            program sample .o sample $core && program "$test" .o "$source" $core || return 1 ;;
-        *) program "$test" .o "$source" $core || return 1 ;;
-        esac
-    done
+    source=$(source_of "$1")
+    case $1 in
+    test_gradcheck)
+        program test_gradcheck _f64.o "$source" $model &&
+            program test_gradcheck_f32 .o "$source" $model ;;
+    test_units_f64) program test_units_f64 _f64.o tests/test_units $model ;;
+    test_sample) program sample .o sample $core && program test_sample .o "$source" $core ;;
+    *) program "$1" .o "$source" $core ;;
+    esac
 }
 
 # With a GPU: every .cu for it alone, little optimised, and test_kernels. (layers.c and layers.cu
@@ -103,9 +101,11 @@ forget() {
     esac
 }
 
-# first_failure: the test that fails and how; false if none does.
+# first_failure: builds and runs one test after the other up to the first that fails, and says in
+# $failure which and how. 1 if none does, 2 if one does not compile.
 first_failure() {
     for test in $TESTS; do
+        $BUILD "$test" > build.txt 2>&1 || return 2
         case $test in
         test_kernels) part=--small ;;
         test_units) part=--float ;;  # test_units_f64 has a turn of its own
@@ -114,9 +114,8 @@ first_failure() {
         STOP_AT_FIRST_FAILURE=1 $limit "./$test" $part > "$test.txt" 2>&1
         status=$?
         [ $status = 0 ] && continue
-        why=$(grep -m 1 '^FAIL' "$test.txt")
-        [ -n "$why" ] || why="exit status $status"
-        echo "$test: $why"
+        failure=$(grep -m 1 '^FAIL' "$test.txt")
+        failure="$test: ${failure:-exit status $status}"
         return 0
     done
     return 1
@@ -131,14 +130,16 @@ one() {
     folder=$(mktemp -d "$work/XXXXXX") && cd "$folder" && cp -r "$work"/base/. . || exit 255
     if ! replace "$file"; then
         echo "BROKEN    $name: the old text is not in $file exactly once: $OLD"
-    elif ! { [ -n "$FITS" ] || { forget "$file" && $BUILD > build.txt 2>&1; }; }; then
-        echo "BROKEN    $name: does not compile: $(grep -m 1 error build.txt)"
     elif [ -n "$FITS" ]; then
-        echo "caught    $name (fits)"
-    elif failure=$(first_failure); then
-        echo "caught    $name ($failure)"
+        echo "fits      $name"
     else
-        echo "SURVIVED  $name: $file: $NEW"
+        forget "$file"
+        first_failure
+        case $? in
+        0) echo "caught    $name ($failure)" ;;
+        1) echo "SURVIVED  $name: $file: $NEW" ;;
+        *) echo "BROKEN    $name: does not compile: $(grep -m 1 -i error build.txt)" ;;
+        esac
     fi
     cd / && rm -rf "$folder"
 }
@@ -150,7 +151,7 @@ fi
 
 BUILD=build mutants=mutants.txt FITS= gpu=
 if [ "$1" = --fits ]; then
-    FITS=1
+    FITS=fit
     shift
 fi
 if [ "$1" = --gpu ]; then
@@ -182,16 +183,16 @@ for folder in . support fast mixers tests data; do
     done
 done
 if [ -z "$FITS" ]; then
-    $BUILD || exit 1
-    if failure=$(first_failure); then
-        echo "mutate.sh: the code as it is fails already: $failure"
-        exit 1
-    fi
+    first_failure
+    case $? in
+    0) echo "mutate.sh: the code as it is fails already: $failure" && exit 1 ;;
+    2) echo "mutate.sh: the code as it is does not compile:" && cat build.txt && exit 1 ;;
+    esac
 fi
 export COMPILERS=1
 grep -v -e '^#' -e '^ *$' "$here/$mutants" | grep -e "^[^|]*$1" | tr '\n' '\0' |
     xargs -0 -P "${JOBS:-2}" -n 1 sh "$here/mutate.sh" --one | tee "$work/results"
-caught=$(grep -c '^caught' "$work/results")
+caught=$(grep -c -e '^caught' -e '^fits' "$work/results")
 total=$(grep -c . "$work/results")
-echo "$caught of $total mutants $([ -n "$FITS" ] && echo fit || echo caught)"
+echo "$caught of $total mutants ${FITS:-caught}"
 [ "$caught" = "$total" ] && [ "$total" -gt 0 ]

