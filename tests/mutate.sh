@@ -121,6 +121,13 @@ first_failure() {
     return 1
 }
 
+# begin_with TEST: it has the first turn, where it has one at all
+begin_with() {
+    case " $TESTS " in
+    *" $1 "*) TESTS="$1 $(echo " $TESTS " | sed "s/ $1 / /")" ;;
+    esac
+}
+
 # one LINE: makes that mutant in a folder of its own and prints what became of it.
 one() {
     name=${1%% | *} rest=${1#* | }
@@ -134,6 +141,10 @@ one() {
         echo "fits      $name"
     else
         forget "$file"
+        case $file in  # what only test_sample sees should not wait for all others to pass
+        sample.c | support/checkpoint.c | support/output.c | support/stream.c)
+            begin_with test_sample ;;
+        esac
         first_failure
         case $? in
         0) echo "caught    $name ($failure)" ;;
