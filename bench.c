@@ -182,7 +182,7 @@ static void step_table(void) {
     for (int i = 0; i < 3; i++) step_row(backend, cpu ? 16 : 32, T[i]);
 }
 
-// ---- Where a step's time goes, on the CPU: by operation, with the count of every call ------------
+// ---- Where a step's time goes, on the CPU, by operation ----------------------------------------
 
 static void operation_rows(KernelTime *k, int n, int steps) {
     double total = 0;
