@@ -189,7 +189,7 @@ try:
 	$(MAKE) -C build/$@ test
 
 mutate:
-	tests/mutate.sh
+	CC='$(CC)' CFLAGS='-O2 $(NATIVE) -fno-math-errno -fno-trapping-math' tests/mutate.sh
 mutate-gpu:
 	tests/mutate.sh --gpu
 
