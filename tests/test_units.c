@@ -9,6 +9,7 @@
 //               both sides of its edge;
 //   dropout     no two of a model draw the same numbers;
 //   streaming   byte by byte gives the bits of model_forward, on rings that wrap;
+//   scoring     a text in windows costs what it costs in one pass;
 //   checkpoint  configuration and parameters come back;
 //   backends    loss, gradients and steps of `plain` and of every GPU backend are those of `cpu`;
 //   gradients   of every tensor, against finite differences. They need double: test_units_f64, this
@@ -214,10 +215,11 @@ typedef struct {
 } Bounds;
 
 // float32 differs by the order of its sums. bf16 activations keep 8 bits: a logit of 3 is rounded by
-// up to 0.006, and what rounding does to a gradient falls only with the number of rows summed.
+// up to 0.006, and what rounding does to a gradient falls only with the number of rows summed. Worst of
+// 224 cases on an H100: 0.0007, 0.12 (the next 0.098), 0.006.
 static Bounds bounds_of(const Backend *be) {
     if (be == &plain_backend) return (Bounds){1e-5, 1e-5, 1e-4};
-    return be->act_bytes == 2 ? (Bounds){1e-2, 0.1, 2e-2} : (Bounds){1e-4, 1e-4, 1e-3};
+    return be->act_bytes == 2 ? (Bounds){2e-3, 0.2, 1.5e-2} : (Bounds){1e-4, 1e-4, 1e-3};
 }
 
 // So backends in bf16 get more rows, and more channels than one.
@@ -442,6 +444,40 @@ static void test_streaming(const Case *c) {
             stream_free(&s);
         }
     model_free(&m);
+}
+
+// ---- Scoring ------------------------------------------------------------------------------------
+
+// A text cut into windows costs, byte by byte, what it costs in one pass.
+static void test_scoring(const Case *c) {
+    enum { LONGEST = 1000 };
+    int64_t field = config_receptive_field(&c->config);
+    int n = (int)field + 37;
+    if (field > LONGEST) return;
+    Model whole, windows;
+    Error e;
+    uint8_t *text = malloc((size_t)n);
+    int *ids = malloc(2 * (size_t)n * sizeof *ids);
+    need(text && ids, "out of memory");
+    real *losses = new_reals((size_t)n), *each = new_reals((size_t)n);
+    open_or_die(&whole, &cpu_backend, &c->config, 1, n, NULL);
+    open_or_die(&windows, &cpu_backend, &c->config, 2, (int)field + 4, NULL);
+    fill_params(&whole, 55), fill_params(&windows, 55);
+    for (int i = 0; i < n; i++) ids[i] = text[i] = (uint8_t)byte_at((size_t)i);
+    for (int i = 0; i < n; i++) ids[n + i] = i + 1 < n ? ids[i + 1] : -1;
+    model_losses(&whole, ids, ids + n, losses);
+    for (int from = 0; from < n; from += n / 2) {
+        double nats, sum = from ? 0 : log(V);
+        bool same = model_score(&windows, text, (size_t)n, (size_t)from, &nats, each, &e) == 0;
+        for (int i = from ? from : 1; i < n; i++) {
+            sum += (double)losses[i - 1];
+            same = same && each[i] == losses[i - 1];
+        }
+        check(same && nats == sum, "scoring, %s: %d bytes from %d on", c->config.units, n, from);
+    }
+    free(text), free(ids), free(losses), free(each);
+    model_free(&whole);
+    model_free(&windows);
 }
 
 // ---- Checkpoints --------------------------------------------------------------------------------
@@ -722,6 +758,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < n_cases; i++)
         test_causality(i % 2 ? &cpu_backend : &plain_backend, &cases[i]);
     for (int i = 0; i < n_cases; i++) test_streaming(&cases[i]);
+    for (int i = 0; i < n_cases; i++) test_scoring(&cases[i]);
     need(mkdtemp(folder) != NULL, "no folder for checkpoints");
     for (int i = 0; i < n_cases; i++)
         if (cases[i].stack == 2) test_checkpoint(&cases[i]);
