@@ -362,6 +362,8 @@ const Backend plain_backend = {
     .conv_forward = plain_conv_forward,
     .conv_backward_input = plain_conv_backward_input,
     .conv_backward_weight = plain_conv_backward_weight,
+    .attention = {plain_turn_forward, plain_turn_backward, plain_attention_forward,
+                  plain_attention_backward, plain_attention_work},  // mixers/attn.c
     .dropout_backward = plain_dropout_backward,
     .cross_entropy = plain_cross_entropy,
     .add_losses = plain_add_losses,

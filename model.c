@@ -34,6 +34,8 @@ int config_check(const Config *c, Error *e) {
         return fail(e, "channels is %d, expected 1 to %d", c->channels, MAX_CHANNELS);
     if (c->latent < 1 || c->latent > MAX_CHANNELS)
         return fail(e, "latent is %d, expected 1 to %d", c->latent, MAX_CHANNELS);
+    if (c->window < 0 || c->window > MAX_WINDOW)
+        return fail(e, "window is %d, expected 1 to %d", c->window, MAX_WINDOW);
     if ((int)c->activation < 0 || c->activation >= N_ACTIVATIONS)
         return fail(e, "activation is number %d, expected below %d", (int)c->activation,
                     N_ACTIVATIONS);
@@ -47,7 +49,7 @@ int config_check(const Config *c, Error *e) {
         return fail(e, "units is longer than %d characters: use groups, Nx(...)", UNITS_TEXT - 1);
     Unit *units = malloc(MAX_UNITS * sizeof *units);
     if (!units) return fail(e, "out of host memory");
-    int n = units_parse(c->units, c->channels, c->activation, units, e);
+    int n = units_parse(c->units, c->channels, c->activation, c->window, units, e);
     free(units);
     return n < 0 ? -1 : 0;
 }
@@ -66,6 +68,9 @@ void add_tensor(Model *m, const Unit *u, size_t *where, const char *name, int nd
     Tensor *t = &m->tensors[m->n_tensors++];
     *t = (Tensor){.dims = {d0, d1, d2}, .ndim = ndim, .dil = 1, .decay = ndim > 1,
                   .where = where};
+    size_t length = strlen(name);
+    // Of vectors only gains are named so. They are 1 in a fresh model, biases 0.
+    t->start = length > 7 && strcmp(name + length - 7, ".weight") == 0;
     if (u)
         snprintf(t->name, sizeof t->name, "units.%d.%s", u->index, name);
     else
@@ -122,7 +127,7 @@ static int make_units(Model *m, Error *e) {
     const Config *c = &m->config;
     Unit *units = calloc(MAX_UNITS, sizeof *units), *fitting;
     if (!units) return fail(e, "out of host memory");
-    m->U = units_parse(c->units, c->channels, c->activation, units, e);
+    m->U = units_parse(c->units, c->channels, c->activation, c->window, units, e);
     if (m->U < 0) m->U = 0;
     fitting = m->U ? realloc(units, (size_t)m->U * sizeof *units) : NULL;
     if (!fitting) {
@@ -280,6 +285,11 @@ static size_t work_needed(const Model *m) {
         size_t need = m->backend->work_bytes(N, K, C > O ? C : O, m->n_params);
         if (need > most) most = need;
     }
+    for (int u = 0; u < m->U; u++) {
+        const Mixer *mixer = m->units[u].mixer;
+        size_t need = mixer->work ? mixer->work(m, &m->units[u]) : 0;
+        if (need > most) most = need;
+    }
     return most;
 }
 
@@ -368,9 +378,6 @@ int model_init_params(Model *m, uint64_t seed, Error *e) {
     if (!host) return fail(e, "out of host memory");
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
-        size_t n = strlen(t->name);
-        // 7 = strlen(".weight"). Of vectors only gains are named so: 1; all others are biases: 0.
-        bool gain = t->ndim == 1 && n > 7 && strcmp(t->name + n - 7, ".weight") == 0;
         // Terms in the sum of one output: K*C of a conv (K,C,O), C of a linear layer (C,O).
         int fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
         // Small where logits are made, so that a fresh model finds all bytes about equally likely.
@@ -381,7 +388,7 @@ int model_init_params(Model *m, uint64_t seed, Error *e) {
             size_t k = t->offset + j;
             // A draw gives two normal numbers, values k = 2i and 2i+1 of the parameters: each is a
             // function of seed and k.
-            double pair[2] = {gain, gain};
+            double pair[2] = {t->start, t->start};
             if (t->decay)
                 normal_pair(philox(seed, (uint32_t)(k / 2), (uint32_t)(k / 2 >> 32), 0, RNG_INIT),
                             pair);

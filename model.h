@@ -29,12 +29,14 @@ enum {
     UNITS_TEXT = 1024,  // bytes of a configuration's units, NUL included
     MAX_UNITS = 4096,
     MAX_NUMBERS = 33,   // of one unit
+    MAX_WINDOW = 1 << 24,
 };
 
 typedef struct {
     int channels;            // C
     int latent;              // D; with tie it must be C
     Activation activation;   // of units that name none
+    int window;              // the same: bytes that attention looks at; 0 = 512
     bool tie;                // logits = LayerNorm(h) E^T: no projection, no head of its own
     float softcap;           // logits = s*tanh(logits/s); 0 = none
     char units[UNITS_TEXT];  // "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", see units_parse
@@ -57,8 +59,10 @@ typedef struct StreamUnit StreamUnit;
 // A number of a unit's text: taps, dilation, width ...
 typedef struct {
     const char *name;
-    int low, high, fallback;  // fallback: where the text leaves it out
+    int low, high, fallback;  // fallback: where the text leaves it out; LEFT_OUT: see Mixer.fit
+    const char *prefix;       // in the text: "kv" in attn:8:512:kv4; NULL: none
 } Number;
+enum { LEFT_OUT = -1 };
 
 // What all passes of a training step share; NULL in inference, which keeps nothing for backward.
 typedef struct {
@@ -74,6 +78,9 @@ typedef struct Mixer {
     bool activation;      // the text may end in :ACTIVATION
     bool norm;            // a LayerNorm stands at the unit's door
     size_t data_bytes;    // of Unit.data, the mixer's own struct
+    // Gives what the text left out its value (window: the configuration's) and judges how the
+    // numbers go together: 0, or -1 with the reason in `what` (200). NULL: nothing to do.
+    int (*fit)(Unit *u, int window, char *what);
     // Bytes back that an output reads, 0 = its own byte alone. Valid after units_parse.
     int64_t (*reach)(const Unit *u);
     // Lists the unit's tensors with add_linear and add_tensor; sets u->dropouts and u->has_tail.
@@ -83,6 +90,8 @@ typedef struct Mixer {
     // For training: gives what forward keeps for backward its places; and u->tail, where the unit
     // ends in an activation. (In inference all those places are NULL.)
     void (*place)(Model *m, Unit *u, Arena *a);
+    // Bytes of workspace that forward and backward need beside the linear layers'; NULL: none.
+    size_t (*work)(const Model *m, const Unit *u);
     // in (N,C) -> end, whose out and residual are set; the mixer adds its own pre, activation and
     // dropout. Must not write `in`.
     void (*forward)(Model *m, Unit *u, const act *in, Epilogue end, const Pass *pass);
@@ -127,11 +136,12 @@ struct Unit {
 };
 
 // The one place that reads units as text. A text is units and groups, spaces between them:
-//   NAME[:NUMBER...][:ACTIVATION]       what is left out has a default
+//   NAME[:NUMBER...][:ACTIVATION]       what is left out has a default; some numbers have a prefix,
+//                                       which makes their place free: attn:8:kv4
 //   Nx( ... )  or  ( ... )              groups may nest
 // Fills units (MAX_UNITS) without data and returns how many, or -1 with the reason and the
-// character. default_activation: of units that name none.
-int units_parse(const char *text, int channels, Activation default_activation, Unit *units,
+// character. activation, window: of units that name none.
+int units_parse(const char *text, int channels, Activation activation, int window, Unit *units,
                 Error *e);
 // The one place that writes one: "conv:2:4" with every number, and the activation where it is not
 // `usual`. Returns buffer.
@@ -157,6 +167,7 @@ typedef struct {
     size_t offset;     // of its first value in params, grads, m, v and ema alike
     size_t size;
     size_t *where;     // the field that gets the offset
+    float start;       // of a vector: its values in a fresh model
 } Tensor;
 
 // What a training run adds to the model.

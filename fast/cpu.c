@@ -552,6 +552,8 @@ const Backend cpu_backend = {
     .conv_forward = cpu_conv_forward,
     .conv_backward_input = cpu_conv_backward_input,
     .conv_backward_weight = cpu_conv_backward_weight,
+    .attention = {plain_turn_forward, plain_turn_backward, cpu_attention_forward,
+                  cpu_attention_backward, cpu_attention_work},  // fast/attention.c
     .dropout_backward = plain_dropout_backward,
     .cross_entropy = plain_cross_entropy,
     .add_losses = plain_add_losses,

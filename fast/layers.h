@@ -18,7 +18,35 @@ void conv_rows(real *const *out, const real *const *rows, int n, const real *w, 
 // out = residual + scale * f(pre), n values; residual may be NULL, out may be pre or residual.
 void act_row(Activation f, real *out, const real *pre, const real *residual, real scale, int n);
 
-// Entries of the plain backend that `cpu` has, too.
+// ---- Attention: mixers/attn.c, and fast/attention.c
+
+// The first `heads` heads of a row of qkv, as turn_forward; rms (heads) may be NULL.
+void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t);
+// a[i] = q . k[i] for n keys; channel c of key i lies at k[c*ld + i].
+void attention_scores(real *a, const real *q, const real *k, size_t ld, size_t n, int d);
+// a[i] = exp(scale * a[i] - top), top being the largest exponent (NULL: not wanted); the sum of
+// them. Writes zeros up to a[attention_padded(n) - 1].
+real attention_softmax(real *a, size_t n, real scale, real *top);
+// o[c] += sum_i e[i] v[i*ld + c], in the order of i
+void attention_values(real *o, const real *e, const real *v, size_t ld, size_t n, int d);
+static inline size_t attention_padded(int n) { return ((size_t)n + 15) / 16 * 16; }
+
+void plain_turn_forward(act *qkv, real *rms, AttentionShape s);
+void plain_turn_backward(act *dqkv, const act *qkv, const real *rms, AttentionShape s);
+void plain_attention_forward(act *out, real *lse, const act *qkv, const real *gain,
+                             AttentionShape s, void *work);
+void plain_attention_backward(act *dqkv, real *dgain, const act *dout, const act *out,
+                              const real *lse, real *delta, const act *qkv, const real *gain,
+                              AttentionShape s, void *work);
+size_t plain_attention_work(AttentionShape s);
+void cpu_attention_forward(act *out, real *lse, const act *qkv, const real *gain,
+                           AttentionShape s, void *work);
+void cpu_attention_backward(act *dqkv, real *dgain, const act *dout, const act *out,
+                            const real *lse, real *delta, const act *qkv, const real *gain,
+                            AttentionShape s, void *work);
+size_t cpu_attention_work(AttentionShape s);
+
+// ---- Entries of the plain backend that `cpu` has, too.
 void plain_norm_forward(act *out, const act *x, const real *gain, const real *bias, size_t N,
                         int C);
 void plain_dropout_backward(act *dy, const act *dout, Dropout d, size_t N, int C);

@@ -104,7 +104,8 @@ static void stream_step(const Stream *s, const StreamUnit *u) {
 
 #define CONV_ROW(mixer_name, mixer_formula, with_norm, many)                                   \
     .name = mixer_name, .formula = mixer_formula,                                              \
-    .numbers = {{"taps", 1, MAX_TAPS, 2}, {"dilation", 1, 1 << 20, 1}}, .repeats = many,       \
+    .numbers = {{"taps", 1, MAX_TAPS, 2, NULL}, {"dilation", 1, 1 << 20, 1, NULL}},             \
+    .repeats = many,                                                                           \
     .activation = true, .norm = with_norm, .data_bytes = sizeof(Convs), .reach = reach,        \
     .describe = describe, .place = place_convs, .forward = forward, .backward = backward,      \
     .stream_bytes = sizeof(ConvStream), .stream_place = stream_place, .stream_step = stream_step

@@ -5,7 +5,7 @@
 
 #include "model.h"
 
-#define MIXERS(ROW) ROW(conv) ROW(block) ROW(mlp)
+#define MIXERS(ROW) ROW(conv) ROW(block) ROW(mlp) ROW(attn)
 
 #define MIXER_DECLARED(name) extern const Mixer name##_mixer;
 MIXERS(MIXER_DECLARED)

@@ -157,6 +157,19 @@ SHARED_FN real real_tanh(real x) {
     return sizeof(real) == sizeof(double) ? (real)tanh((double)x) : (real)tanhf((float)x);
 }
 
+// ---- Rotary positions ---------------------------------------------------------------------------
+
+// How far one position turns channels j and j + R/2, 10000^(-2j/R) radians, as a fraction of a turn
+// times 2^64; and where position t has turned to, in turns, -1/2 to 1/2. The product wraps where
+// whole turns are complete: the difference of two positions is exact.
+SHARED_FN uint64_t turn_step(int j, int R) {
+    double radians = exp(-9.210340371976184 * 2 * j / R);
+    return (uint64_t)(radians / 6.283185307179586 * 18446744073709551616.0);
+}
+SHARED_FN double turn_of(uint64_t t, uint64_t step) {
+    return (double)(int64_t)(t * step) / 18446744073709551616.0;
+}
+
 // Where window `index` of a step's batch starts in the corpus: uniform over all windows that lie
 // inside one text. (64 random bits modulo n: the bias is below n / 2^64.)
 SHARED_FN uint64_t window_start(const Corpus *c, uint64_t seed, uint32_t step, uint64_t index) {

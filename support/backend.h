@@ -32,6 +32,7 @@ enum {
     BYTE_DROPPED = 256,  // the input id of a byte that byte dropout has zeroed
     MAX_TAPS = 256,
     MAX_CHANNELS = 65536,
+    MAX_HEAD = 128,      // channels of an attention head
     MAX_WEIGHT_JOBS = 6,  // layers whose weight gradients are computed in one call
     ERROR_LEN = 512,
     RING = 1024,  // per-step figures kept on the backend until the host reads them
@@ -106,6 +107,15 @@ typedef struct {
     const StepState *state;  // for the step number
 } Dropout;
 
+// Attention: a row of qkv holds q (H,d), k (G,d) and v (G,d) of one byte. H is a multiple of G: the
+// H/G heads of a group share k and v.
+typedef struct {
+    int B, T;
+    int H, G, d;  // heads; heads of k and v; channels of a head, at most MAX_HEAD
+    int W;        // window: a byte attends to the last W, itself included
+    int R;        // the first R channels of a head are rotated, an even number
+} AttentionShape;
+
 // The epilogue: what an operation does with its sums in the same pass over memory, f being the
 // activation and scale drop.scale, 1 where nothing is dropped. All arrays (N, channels made).
 //   forward:   pre = sum (where dropped: act_dropped)     out = residual + scale * f(pre)
@@ -143,6 +153,24 @@ typedef struct {
 //     gradient takes its place;
 //   - work is a workspace of at least work_bytes(...) whose contents do not matter;
 //   - two calls with the same inputs give the same bits (no atomics on floats).
+// The chapter on attention (mixers/attn.c). qkv, dqkv (N,(H+2G)d), out, dout (N,H*d), rms (N,H+G),
+// lse, delta (N,H), gain, dgain (H).
+typedef struct {
+    // Every head of q and k in place: divided by its root mean square, rms gets one over that (NULL:
+    // not wanted), and its channels j and j + R/2 turned by the angle of its position t.
+    void (*turn_forward)(act *qkv, real *rms, AttentionShape s);
+    // dqkv: the gradient by what turn_forward made, which is qkv; in place by what it was given
+    void (*turn_backward)(act *dqkv, const act *qkv, const real *rms, AttentionShape s);
+    // out = softmax over the window of gain / sqrt(d) q k^T, times v; lse = log of the sum of the
+    // exponentials (NULL: not wanted)
+    void (*forward)(act *out, real *lse, const act *qkv, const real *gain, AttentionShape s,
+                    void *work);
+    // delta: a workspace
+    void (*backward)(act *dqkv, real *dgain, const act *dout, const act *out, const real *lse,
+                     real *delta, const act *qkv, const real *gain, AttentionShape s, void *work);
+    size_t (*work_bytes)(AttentionShape s);
+} Attention;
+
 typedef struct Backend {
     const char *name;  // "plain", "cpu", "naive", "tiled", "tensor"
     const char *idea;  // one line for --help
@@ -193,6 +221,8 @@ typedef struct Backend {
     //    for each of n layers (1 to MAX_WEIGHT_JOBS) that share a shape but for dil, which stands
     //    in the job: together they fill a GPU better than one after the other.
     void (*conv_backward_weight)(const WeightJob *jobs, int n, ConvShape s, void *work);
+
+    Attention attention;
 
     // -- dropout of a layer that no activation follows. forward, in its epilogue:
     //    out = residual + scale * y where it is kept. dy (N,C) = scale * dout where y was kept,
@@ -274,6 +304,11 @@ static inline int backward_arrays(Epilogue e) {
 static inline double conv_bytes(ConvShape s, size_t size, int of_C, int of_O) {
     double N = (double)s.B * s.T, C = s.C, O = s.O;
     return (double)size * (N * (of_C * C + of_O * O) + s.K * C * O);
+}
+// Pairs of a byte and one that it attends to, over all rows and heads.
+static inline double attention_pairs(AttentionShape s) {
+    double T = s.T, W = s.W < s.T ? s.W : s.T;
+    return (double)s.B * s.H * (W * (T - W) + W * (W + 1) / 2);
 }
 static inline int norm_arrays(const act *again, Epilogue e) {  // dout, x and the rest
     return 2 + (again != NULL) + backward_arrays(e);

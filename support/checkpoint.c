@@ -28,9 +28,9 @@ static const char version[] = "2";
 
 // ---- What both directions share: the configuration as text, and the layout ----------------------
 
-enum { CHANNELS, LATENT, ACTIVATION, UNITS, TIE, SOFTCAP, CONFIG_KEYS };
+enum { CHANNELS, LATENT, ACTIVATION, UNITS, TIE, SOFTCAP, WINDOW, CONFIG_KEYS };
 static const char *const config_keys[CONFIG_KEYS] = {"channels", "latent", "activation",
-                                                     "units",    "tie",    "softcap"};
+                                                     "units",    "tie",    "softcap", "window"};
 typedef struct {
     char s[UNITS_TEXT];
 } ConfigText;
@@ -43,6 +43,7 @@ static ConfigText config_text(const Config *c, int key) {
     if (key == ACTIVATION) snprintf(t.s, sizeof t.s, "%s", activation_names[c->activation]);
     if (key == UNITS) snprintf(t.s, sizeof t.s, "%s", c->units);
     if (key == TIE) snprintf(t.s, sizeof t.s, "%s", c->tie ? "yes" : "no");
+    if (key == WINDOW) snprintf(t.s, sizeof t.s, "%d", c->window);
     // Nine digits name every float.
     if (key == SOFTCAP) snprintf(t.s, sizeof t.s, "%.9g", (double)c->softcap);
     return t;
@@ -56,6 +57,7 @@ static bool config_from_text(Config *c, int key, const char *text) {
         if (x < 0 || x > MAX_CHANNELS) return false;
         *(key == CHANNELS ? &c->channels : &c->latent) = (int)x;
     }
+    if (key == WINDOW) c->window = atoi(text);
     if (key == ACTIVATION) c->activation = activation_of(text);
     if (key == ACTIVATION && c->activation == N_ACTIVATIONS) return false;
     if (key == UNITS) snprintf(c->units, sizeof c->units, "%s", text);
@@ -633,7 +635,7 @@ static int check_tensor(const Checkpoint *ck, const char *role, const Tensor *t,
 static int count_units(const Config *c) {
     Unit *units = malloc(MAX_UNITS * sizeof *units);
     Error e;
-    int n = units ? units_parse(c->units, c->channels, c->activation, units, &e) : 0;
+    int n = units ? units_parse(c->units, c->channels, c->activation, c->window, units, &e) : 0;
     free(units);
     return n;
 }

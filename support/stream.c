@@ -63,7 +63,7 @@ void stream_taps(Stream *s, Taps *t, const Linear *l) {
     s->n_rows += (size_t)l->K;
 }
 
-static const real *copy(Stream *s, size_t offset, int n) {
+const real *stream_copy(Stream *s, size_t offset, int n) {
     real *to = piece(&s->weight_pieces, (size_t)n, 1, 1);
     if (to) memcpy(to, s->params + offset, (size_t)n * sizeof *to);
     return to;
@@ -109,15 +109,15 @@ static void place_all(Stream *s) {
         StreamUnit *u = &s->units[i];
         const Mixer *mixer = u->unit->mixer;
         if (mixer->norm) {
-            u->gain = copy(s, u->unit->norm.gain, C);
-            u->beta = copy(s, u->unit->norm.bias, C);
+            u->gain = stream_copy(s, u->unit->norm.gain, C);
+            u->beta = stream_copy(s, u->unit->norm.bias, C);
         }
         mixer->stream_place(s, u);
         int width = mixer->width ? (int)mixer->width(u->unit) : C;
         if (width > wide) wide = width;
     }
-    s->gain_out = copy(s, m->norm_out.gain, C);
-    s->beta_out = copy(s, m->norm_out.bias, C);
+    s->gain_out = stream_copy(s, m->norm_out.gain, C);
+    s->beta_out = stream_copy(s, m->norm_out.bias, C);
     if (!c->tie) s->proj = stream_panels(s, &m->proj);
     s->head = c->tie ? tied_head(s) : stream_panels(s, &m->head);
     s->x = stream_state(s, 1, C);

@@ -99,6 +99,8 @@ int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, i
 Panels stream_panels(Stream *s, const Linear *l);
 void stream_taps(Stream *s, Taps *t, const Linear *l);
 real *stream_state(Stream *s, size_t rows, int C);
+// n parameters from `offset` on.
+const real *stream_copy(Stream *s, size_t offset, int n);
 
 // In stream_step, which every thread of a team runs; each of these shares the work among them and
 // returns when all of it is done. Rows of stream j lie at j * width.

@@ -29,7 +29,7 @@ enum { MAX_NESTING = 16, WORD = 32 };
 
 typedef struct {
     const char *text, *p;  // p: what comes next
-    int channels;
+    int channels, window;
     Activation activation;
     Unit *units;
     int n;
@@ -80,28 +80,53 @@ static int count_numbers(const Mixer *m) {
     return n;
 }
 
-// The numbers and the activation behind a mixer's name.
-static int parse_arguments(Parser *s, Unit *u) {
+static bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// Which of the declared numbers text (behind a colon) gives: the next one without a prefix, or the
+// one whose prefix stands there. -1: none; then it may be an activation.
+static int which_number(const Mixer *m, int next, const char *text) {
+    if (is_digit(*text)) return next;
+    for (int i = 0; i < 4 && m->numbers[i].name; i++) {
+        const char *prefix = m->numbers[i].prefix;
+        size_t n = prefix ? strlen(prefix) : 0;
+        if (n && strncmp(text, prefix, n) == 0 && is_digit(text[n])) return i;
+    }
+    return -1;
+}
+
+// The numbers behind a mixer's name: those that repeat follow the last declared one.
+static int parse_numbers(Parser *s, Unit *u) {
     const Mixer *m = u->mixer;
     const int declared = count_numbers(m), most = m->repeats ? MAX_NUMBERS : declared;
-    char what[200], name[WORD];
-    while (*s->p == ':' && s->p[1] >= '0' && s->p[1] <= '9') {
+    char what[200];
+    int next = 0;
+    for (int i = 0; i < declared; i++) u->numbers[i] = m->numbers[i].fallback;
+    for (int i; *s->p == ':' && (i = which_number(m, next, s->p + 1)) >= 0;) {
         const char *at = ++s->p;
-        if (u->n_numbers == most) {
-            snprintf(what, sizeof what, "%s takes at most %d numbers", m->name, most);
+        const Number *d = &m->numbers[i < declared ? i : declared - 1];
+        if (i == most || (i == next && i < declared && d->prefix && is_digit(*at))) {
+            snprintf(what, sizeof what, "%s takes at most %d numbers%s", m->name, i,
+                     i == most ? "" : " without a letter");
             return wrong(s, at, what);
         }
-        const Number *d = &m->numbers[u->n_numbers < declared ? u->n_numbers : declared - 1];
-        int *to = &u->numbers[u->n_numbers++];
-        if (number(s, to)) return -1;
-        if (*to < d->low || *to > d->high) {
-            snprintf(what, sizeof what, "%s of %s is %d, expected %d to %d", d->name, m->name, *to,
-                     d->low, d->high);
+        if (!is_digit(*at)) s->p += strlen(d->prefix);
+        else next++;
+        if (number(s, &u->numbers[i])) return -1;
+        if (u->numbers[i] < d->low || u->numbers[i] > d->high) {
+            snprintf(what, sizeof what, "%s of %s is %d, expected %d to %d", d->name, m->name,
+                     u->numbers[i], d->low, d->high);
             return wrong(s, at, what);
         }
     }
-    for (; u->n_numbers < declared; u->n_numbers++)
-        u->numbers[u->n_numbers] = m->numbers[u->n_numbers].fallback;
+    u->n_numbers = next > declared ? next : declared;
+    return 0;
+}
+
+// The numbers and the activation behind a mixer's name.
+static int parse_arguments(Parser *s, Unit *u) {
+    const Mixer *m = u->mixer;
+    char what[200], name[WORD];
+    if (parse_numbers(s, u)) return -1;
     if (*s->p != ':') return 0;
     const char *at = ++s->p;
     word(s, name);
@@ -122,7 +147,7 @@ static int too_deep(const Parser *s, const char *at) {
 
 static int parse_unit(Parser *s) {
     const char *at = s->p;
-    char name[WORD], what[160];
+    char name[WORD], what[200];
     Unit u = {.activation = s->activation, .C = s->channels, .index = s->n};
     word(s, name);
     for (int i = 0; i < n_mixers && !u.mixer; i++)
@@ -130,6 +155,7 @@ static int parse_unit(Parser *s) {
     if (!u.mixer) return unknown_mixer(s, at);
     if (parse_arguments(s, &u)) return -1;
     if (*s->p && !strchr(" \t\n)", *s->p)) return wrong(s, s->p, "expected a space");
+    if (u.mixer->fit && u.mixer->fit(&u, s->window, what)) return wrong(s, at, what);
     size_t width = u.mixer->width ? u.mixer->width(&u) : 0;
     if (width > MAX_CHANNELS) {
         snprintf(what, sizeof what, "%s is %zu channels wide with --channels %d, at most %d",
@@ -176,10 +202,10 @@ static int parse_stack(Parser *s, int nesting) {
     return 0;
 }
 
-int units_parse(const char *text, int channels, Activation default_activation, Unit *units,
+int units_parse(const char *text, int channels, Activation activation, int window, Unit *units,
                 Error *e) {
-    Parser s = {.text = text, .p = text, .channels = channels, .activation = default_activation,
-                .units = units, .e = e};
+    Parser s = {.text = text, .p = text, .channels = channels, .window = window ? window : 512,
+                .activation = activation, .units = units, .e = e};
     if (parse_stack(&s, 0)) return -1;
     if (*s.p) return wrong(&s, s.p, "a ')' too many");
     if (s.n == 0) return fail(e, "units: no unit, expected one like %s", "conv:2:1");
@@ -192,7 +218,8 @@ const char *unit_text(const Unit *u, Activation usual, char *buffer, size_t size
     snprintf(buffer, size, "%s", u->mixer->name);
     for (int i = 0; i < u->n_numbers; i++) {
         size_t used = strlen(buffer);
-        snprintf(buffer + used, size - used, ":%d", u->numbers[i]);
+        const char *prefix = i < 4 ? u->mixer->numbers[i].prefix : NULL;
+        snprintf(buffer + used, size - used, ":%s%d", prefix ? prefix : "", u->numbers[i]);
     }
     size_t used = strlen(buffer);
     if (u->mixer->activation && u->activation != usual)
@@ -209,7 +236,7 @@ bool unit_same(const Unit *a, const Unit *b) {
 int64_t config_receptive_field(const Config *c) {
     Unit *units = calloc(MAX_UNITS, sizeof *units);
     Error e;
-    int n = units ? units_parse(c->units, c->channels, c->activation, units, &e) : 0;
+    int n = units ? units_parse(c->units, c->channels, c->activation, c->window, units, &e) : 0;
     int64_t sum = 1;
     for (int u = 0; u < n; u++) sum += units[u].mixer->reach(&units[u]);
     free(units);

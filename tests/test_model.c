@@ -214,26 +214,26 @@ static void test_units(void) {
     };
     for (size_t i = 0; i < sizeof tries / sizeof *tries; i++) {
         Error e = {""};
-        bool ok = units_parse(tries[i].text, 300, ACT_gelu, units, &e) == -1;
+        bool ok = units_parse(tries[i].text, 300, ACT_gelu, 0, units, &e) == -1;
         for (int j = 0; j < 3 && tries[i].fault[j]; j++)
             ok = ok && strstr(e.text, tries[i].fault[j]);
         check(ok && !strchr(e.text, '\n'), "refused: %s", e.text);
     }
     Error e = {""};
-    units_parse("attend", 300, ACT_gelu, units, &e);
+    units_parse("attend", 300, ACT_gelu, 0, units, &e);
     bool all = true;
     for (int i = 0; i < n_mixers; i++) all = all && strstr(e.text, mixers[i]->name);
     check(all, "the message for an unknown mixer names all that there are");
     memset(long_group, ' ', sizeof long_group - 1);
     memcpy(long_group + sizeof long_group - 8, "(attend", 7);
-    check(units_parse(long_group, 300, ACT_gelu, units, &e) == -1 &&
+    check(units_parse(long_group, 300, ACT_gelu, 0, units, &e) == -1 &&
               strstr(e.text, "character 1018, 'attend'"), "far behind: %s", e.text);
     // Whatever mixer has a width of its own: as many channels as there may be are too many.
     for (int i = 0; i < n_mixers; i++) {
         Unit u;
-        if (!mixers[i]->width || units_parse(mixers[i]->name, 1, ACT_gelu, &u, &e) != 1) continue;
+        if (!mixers[i]->width || units_parse(mixers[i]->name, 1, ACT_gelu, 0, &u, &e) != 1) continue;
         if (mixers[i]->width(&u) <= 1) continue;
-        check(units_parse(mixers[i]->name, MAX_CHANNELS, ACT_gelu, units, &e) == -1 &&
+        check(units_parse(mixers[i]->name, MAX_CHANNELS, ACT_gelu, 0, units, &e) == -1 &&
                   strstr(e.text, "channels wide"), "refused: %s", e.text);
     }
 }
@@ -242,7 +242,7 @@ static void test_units(void) {
 static int written(const char *from, Activation usual, char *out, size_t size) {
     Error e = {""};
     char buffer[256];
-    int n = units_parse(from, 4, usual, units, &e);
+    int n = units_parse(from, 4, usual, 0, units, &e);
     *out = 0;
     for (int i = 0; i < n; i++) {
         size_t used = strlen(out);
@@ -298,14 +298,14 @@ static void test_unit_text(void) {
                                          "conv:2:1:none"};
     Unit one, other;
     Error e;
-    need(units_parse("conv:2:1", 4, ACT_gelu, &one, &e) == 1, "a unit");
+    need(units_parse("conv:2:1", 4, ACT_gelu, 0, &one, &e) == 1, "a unit");
     int equal = 0;
     for (int i = 0; i < 5; i++) {
-        need(units_parse(others[i], 4, ACT_gelu, &other, &e) == 1, e.text);
+        need(units_parse(others[i], 4, ACT_gelu, 0, &other, &e) == 1, e.text);
         equal += unit_same(&one, &other);
     }
     check(equal == 0, "units that differ in mixer, numbers or activation are not the same");
-    check(units_parse("4096x(conv)", 4, ACT_gelu, units, &e) == MAX_UNITS &&
+    check(units_parse("4096x(conv)", 4, ACT_gelu, 0, units, &e) == MAX_UNITS &&
               units[MAX_UNITS - 1].index == MAX_UNITS - 1, "4096 units are taken");
     const Config c = {.channels = 4, .latent = 4, .units = "2x(conv:3:5 block:2:1:9) conv:1:70"};
     check(config_receptive_field(&c) == 1 + 2 * (2 * 5 + 10), "reaches add up: %lld",

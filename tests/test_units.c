@@ -57,6 +57,11 @@ static void append(char *text, size_t size, const char *format, int value) {
     snprintf(text + used, size - used, format, value);
 }
 
+static void append_number(char *text, size_t size, const Number *n, int value) {
+    append(text, size, n->prefix ? ":" : ":%d", value);
+    if (n->prefix) append(text, size, n->prefix, 0), append(text, size, "%d", value);
+}
+
 static int declared_numbers(const Mixer *m) {
     int n = 0;
     while (n < 4 && m->numbers[n].name) n++;
@@ -79,7 +84,7 @@ static bool unit_of(const Mixer *m, int variety, char *text, size_t size) {
         return false;
     for (int i = 0; i < n; i++) {
         int value = m->numbers[i].low + (variety < 4 ? variety - 1 : 1);
-        append(text, size, ":%d", i == beyond ? BEYOND : within(&m->numbers[i], value));
+        append_number(text, size, &m->numbers[i], i == beyond ? BEYOND : within(&m->numbers[i], value));
     }
     for (int i = 1; variety >= 8 && i < (variety == 8 ? 3 : 7); i++)
         append(text, size, ":%d", within(&m->numbers[n - 1], m->numbers[n - 1].low + i % 3));
@@ -104,7 +109,13 @@ static void add_case(const Mixer *m, int variety, int stack, int activation, con
     c.config.latent = c.config.tie ? c.config.channels : c.config.channels + 3;
     snprintf(c.config.units, sizeof c.config.units, stacks[stack], unit, unit);
     Error e;
-    if (config_check(&c.config, &e)) {
+    bool unfit = config_check(&c.config, &e) != 0;
+    if (unfit && variety == 0) {  // defaults must fit a usual width
+        c.config.latent += 8 - c.config.channels;
+        c.config.channels = 8;
+        unfit = config_check(&c.config, &e) != 0;
+    }
+    if (unfit) {
         if (variety == 0) check(false, "%s with its defaults: %s", m->name, e.text);
         return;
     }
@@ -171,7 +182,12 @@ static real *step_gradients(Model *m) {
 
 // Where nothing but norm_out's bias (LayerNorm of one channel is its bias) or nothing but a byte
 // itself comes through, some tensors cannot count.
-static bool may_be_dead(const Model *m) { return m->config.channels == 1 || m->T == 1; }
+static bool may_be_dead(const Model *m) {
+    bool alone = m->config.channels == 1 || m->T == 1;
+    // What weighs the bytes of a window of one.
+    for (int u = 0; u < m->U; u++) alone = alone || m->units[u].mixer->reach(&m->units[u]) == 0;
+    return alone;
+}
 
 // The largest gradient of all tensors: the measure of what is zero but for rounding.
 static double largest_gradient(const Model *m, const real *grads) {
@@ -468,12 +484,18 @@ static void test_scoring(const Case *c) {
     model_losses(&whole, ids, ids + n, losses);
     for (int from = 0; from < n; from += n / 2) {
         double nats, sum = from ? 0 : log(V);
-        bool same = model_score(&windows, text, (size_t)n, (size_t)from, &nats, each, &e) == 0;
+        need(model_score(&windows, text, (size_t)n, (size_t)from, &nats, each, &e) == 0, e.text);
+        double worst = 0, added = from ? 0 : log(V);
         for (int i = from ? from : 1; i < n; i++) {
-            sum += (double)losses[i - 1];
-            same = same && each[i] == losses[i - 1];
+            double error = fabs((double)(each[i] - losses[i - 1]));
+            if (!(error <= worst)) worst = error;
+            sum += (double)losses[i - 1], added += (double)each[i];
         }
-        check(same && nats == sum, "scoring, %s: %d bytes from %d on", c->config.units, n, from);
+        // Not to the bit: a position in the window turns an attention's keys by other angles.
+        check_error(worst, 2e-5, "scoring, %s: %d bytes from %d on, nats of a byte",
+                    c->config.units, n, from);
+        check(nats == added && fabs(nats - sum) < 1e-5 * sum, "scoring, %s: their sum",
+              c->config.units);
     }
     free(text), free(ids), free(losses), free(each);
     model_free(&whole);
@@ -486,7 +508,7 @@ static char folder[] = "/tmp/test_units.XXXXXX";
 
 static bool same_config(const Config *a, const Config *b) {
     return a->channels == b->channels && a->latent == b->latent && a->activation == b->activation &&
-           a->tie == b->tie && a->softcap == b->softcap && strcmp(a->units, b->units) == 0;
+           a->tie == b->tie && a->window == b->window && a->softcap == b->softcap && strcmp(a->units, b->units) == 0;
 }
 
 static void test_checkpoint(const Case *c) {
@@ -526,12 +548,12 @@ static void test_text(const Case *c) {
     char one[WORD], all[8 * WORD] = "";
     Error e;
     const Config *config = &c->config;
-    int n = units_parse(config->units, config->channels, config->activation, parsed, &e);
+    int n = units_parse(config->units, config->channels, config->activation, config->window, parsed, &e);
     for (int i = 0; i < n; i++) {
         unit_text(&parsed[i], config->activation, one, sizeof one);
         snprintf(all + strlen(all), sizeof all - strlen(all), " %s", one);
     }
-    int m = units_parse(all, config->channels, config->activation, again, &e);
+    int m = units_parse(all, config->channels, config->activation, config->window, again, &e);
     bool same = n > 0 && m == n;
     for (int i = 0; i < n && same; i++)
         same = unit_same(&parsed[i], &again[i]) && again[i].index == i &&
@@ -549,7 +571,7 @@ static void test_text(const Case *c) {
 // Of units_parse: the number of units, or minus the character that the message points at.
 static int parse(const char *text) {
     Error e;
-    int n = units_parse(text, 8, ACT_gelu, parsed, &e);
+    int n = units_parse(text, 8, ACT_gelu, 0, parsed, &e);
     if (n >= 0) return n;
     const char *at = strstr(e.text, "at character ");
     return at ? -atoi(at + strlen("at character ")) : -9999;
@@ -580,7 +602,7 @@ static void test_refusals(const Mixer *m) {
         if (d->low > 0) check_ending(-at, base, ":%d", d->low - 1);
         check_ending(-at, base, ":%d", d->high + 1);
         check_ending(-at, base, ":1234567890", 0);
-        append(base, sizeof base, ":%d", d->low);
+        append_number(base, sizeof base, d, d->low);
     }
     for (int i = n; m->repeats && i < MAX_NUMBERS; i++)
         append(base, sizeof base, ":%d", m->numbers[n - 1].low);
