@@ -62,7 +62,7 @@ CUDA_OBJECTS :=
 ifneq ($(NVCC),)
 ALL_CFLAGS += -DWITH_CUDA
 NVCC_FLAGS := -O3 -I. $(GENCODE) -Xcompiler -Wall,-Wextra -DWITH_CUDA
-CUDA_SOURCES := conv_kernels.cu layers.cu $(wildcard fast/*.cu support/*.cu)
+CUDA_SOURCES := conv_kernels.cu layers.cu $(wildcard fast/*.cu support/*.cu mixers/*.cu)
 CUDA_OBJECTS := $(CUDA_SOURCES:%=build/%.o) build/support/kernel_check.o
 CUDA_LIBS := $(shell $(NVCC) --dryrun x.cu 2>&1 | sed -n 's/^..*LIBRARIES=//p' | tr -d '"') \
 	-lcudart_static -ldl -lrt -lpthread -lstdc++
@@ -95,7 +95,7 @@ CUBLAS := $(shell ls $(dir $(NVCC))../lib64/libcublas.so $(dir $(NVCC))../target
 endif
 BENCH_CORE := $(if $(CUBLAS),$(subst support/timing.cu.o,support/timing_cublas.o,$(CORE)),$(CORE))
 
-HEADERS := model.h $(wildcard support/*.h support/*.cuh fast/*.h fast/*.cuh mixers/*.h tests/*.h \
+HEADERS := model.h $(wildcard support/*.h support/*.cuh fast/*.h fast/*.cuh mixers/*.h mixers/*.cuh tests/*.h \
 	data/*.h)
 $(BUILD)/%.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(ALL_CFLAGS) -c $< -o $@

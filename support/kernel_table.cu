@@ -23,6 +23,8 @@ static size_t bf16_work_bytes(size_t N, int K, int width, size_t n) {
     return larger(bytes, embed_product_work_bytes(N, width));
 }
 
+static size_t no_work(AttentionShape s) { return (void)s, 8; }
+
 // ---- The table ----------------------------------------------------------------------------------
 
 static const struct {
@@ -31,7 +33,7 @@ static const struct {
 } files[] = {
     {conv_kernels, &n_conv_kernels},           {tensor_kernels, &n_tensor_kernels},
     {embed_kernels, &n_embed_kernels},         {layer_kernels, &n_layer_kernels},
-    {optimizer_kernels, &n_optimizer_kernels},
+    {optimizer_kernels, &n_optimizer_kernels}, {attention_kernels, &n_attention_kernels},
 };
 enum { N_FILES = sizeof files / sizeof *files, MAX_KERNELS = 128 };
 
@@ -95,6 +97,7 @@ const Backend *gpu_backend(const char *name, Error *e) {
         made[i].name = backends[i].name;
         made[i].idea = backends[i].idea;
         made[i].work_bytes = backends[i].bf16_acts ? bf16_work_bytes : gpu_work_bytes;
+        made[i].attention.work_bytes = no_work;
         if (backends[i].bf16_acts) store_bf16(&made[i]);
         for (int j = 0; j < n; j++)
             if (names(k[j].used_by, name)) kernel_install(&made[i], &k[j]);

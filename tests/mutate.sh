@@ -74,7 +74,7 @@ build() {
 # With a GPU: every .cu for it alone, little optimised, and test_kernels. (layers.c and layers.cu
 # have the same name: the object of X.cu is X_cu.o.)
 build_gpu() {
-    for cuda in *.cu fast/*.cu support/*.cu; do
+    for cuda in *.cu fast/*.cu support/*.cu mixers/*.cu; do
         [ -f "${cuda%.cu}_cu.o" ] || echo "${cuda%.cu}"
     done | xargs -P "$COMPILERS" -I {} \
         "$NVCC" -O1 -Xptxas -O1 -w -I. "$GENCODE" -DWITH_CUDA -c {}.cu -o {}_cu.o || return 1

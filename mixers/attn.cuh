@@ -1,0 +1,29 @@
+// attn.cuh: what the files with attention kernels share: where a head's values lie, and counts.
+#ifndef ATTN_CUH
+#define ATTN_CUH
+
+#include "support/device.cuh"
+
+static inline __host__ __device__ size_t row_width(AttentionShape s) {
+    return (size_t)(s.H + 2 * s.G) * (size_t)s.d;
+}
+// Head h and where in a row of qkv its query lies, and its group's key and value.
+struct Head {
+    int h, q, k, v;
+    __device__ Head(AttentionShape s, int head)
+        : h(head), q(head * s.d), k((s.H + head / (s.H / s.G)) * s.d), v(k + s.G * s.d) {}
+};
+
+// Bytes of qkv (or dqkv), `wide` times, and of out (or dout), `narrow` times.
+static inline double attention_bytes(AttentionShape s, size_t size, int wide, int narrow) {
+    return array_bytes(size, (size_t)s.B * s.T, wide * (int)row_width(s) + narrow * s.H * s.d);
+}
+
+template <typename T>
+void attention_forward_tiled(act *out, real *lse, const act *qkv, const real *gain,
+                             AttentionShape s, void *work);
+template <typename T>
+void attention_backward_tiled(act *dqkv, real *dgain, const act *dout, const act *out,
+                              const real *lse, real *delta, const act *qkv, const real *gain,
+                              AttentionShape s, void *work);
+#endif
