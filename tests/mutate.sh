@@ -163,13 +163,11 @@ if [ "$1" = --one ]; then
 fi
 
 BUILD=build mutants=mutants.txt FITS= gpu=
-if [ "$1" = --fits ]; then
-    FITS=fit
+while :; do
+    case $1 in --fits) FITS=fit ;; --gpu) gpu=1 ;; *) break ;; esac
     shift
-fi
-if [ "$1" = --gpu ]; then
-    gpu=1
-    shift
+done
+if [ -n "$gpu" ]; then
     BUILD=build_gpu mutants=mutants_gpu.txt TESTS=test_kernels COMPILERS=$(nproc)
     NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 |
