@@ -117,8 +117,8 @@ test_units: test_units_f64
 $(BUILD)/tests/test_language.o: data/language.c
 train sample test_causality test_language test_units test_model test_sample test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
-data/language: data/language.c $(HEADERS) $(CORE)
-	$(CC) $(ALL_CFLAGS) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
+data/language: data/language.c $(HEADERS) $(MODEL)
+	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)
 # In double, for finite differences.
 test_gradcheck: $(BUILD)/test_gradcheck_f64.o $(MODEL:.o=_f64.o) test_gradcheck_f32
 test_units_f64: $(BUILD)/tests/test_units_f64.o $(MODEL:.o=_f64.o)
