@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "model.h"
 #include "support/arithmetic.h"
 
 enum { MOST_BUFFERS = 24 };
@@ -70,6 +71,13 @@ static real input_value(const Side *s, int salt, size_t i) {
     return (real)(((double)r.v[0] + 0.5) / 2147483648.0 - 1);
 }
 
+// n zeroed values of that size on the host, or NULL, and the side has failed.
+static void *host_values(Side *s, size_t n, size_t size) {
+    void *p = calloc(n, size);
+    if (!p) s->failed = true;
+    return p;
+}
+
 // The bits of a NaN, and no valid byte or index either.
 static void fill_with_nan(void *host, size_t n) {
     const uint32_t nan_bits = 0x7FC00000u;
@@ -89,18 +97,12 @@ static void *operand(Side *s, const char *name, Role role, Kind kind, size_t n) 
     if (salt >= s->count) {
         *b = (Buffer){.name = name, .role = role, .is_act = is_act, .n = n};
         b->p = s->be->alloc(n * size);
-        if (!b->p) {
-            s->failed = true;
-            return NULL;
-        }
+        s->failed = !b->p;
+        if (s->failed) return NULL;
         s->count++;
     }
-    if (!s->fill) return b->p;
-    real *host = malloc(n * sizeof *host);
-    if (!host) {
-        s->failed = true;
-        return NULL;
-    }
+    real *host = s->fill ? host_values(s, n, sizeof *host) : NULL;
+    if (!host) return s->failed ? NULL : b->p;
     if (role == OUT || role == WORKSPACE)
         fill_with_nan(host, n);
     else
@@ -139,12 +141,8 @@ static void *workspace(Side *s, size_t N, int K, int width, size_t n) {
 static int *ints(Side *s, const char *name, Role role, size_t n, int low, int high) {
     int *p = operand(s, name, role, REALS, n);
     s->buffers[s->next - 1].is_int = true;
-    if (!p || role != IN || !s->fill) return p;
-    int *host = malloc(n * sizeof *host);
-    if (!host) {
-        s->failed = true;
-        return p;
-    }
+    int *host = p && role == IN && s->fill ? host_values(s, n, sizeof *host) : NULL;
+    if (!host) return p;
     for (size_t i = 0; i < n; i++) {
         Philox r = philox(s->seed, (uint32_t)i, 0, (uint32_t)s->next, RNG_TEST);
         host[i] = low + (int)(r.v[1] % (uint32_t)(high - low + 1));
@@ -172,11 +170,8 @@ static void last_is_norm_gradient(Side *s) {
 }
 
 static StepState *state_in(Side *s, uint32_t step) {
-    StepState *host = calloc(1, sizeof *host);
-    if (!host) {
-        s->failed = true;
-        return NULL;
-    }
+    StepState *host = host_values(s, 1, sizeof *host);
+    if (!host) return NULL;
     host->step = step;
     host->loss_sum = 3;
     StepState *p = operand(s, "state", ADD, REALS, sizeof *host / 4);
@@ -346,6 +341,63 @@ static void run_conv_backward_weight(Side *s) {
     if (!s->failed) s->be->conv_backward_weight(jobs, n, c, work);
 }
 
+// Heads as wide as C or MAX_HEAD, and by variant   0: one, window T    1: two, window K
+// 2: three that share k and v, half of a head rotated, window K*dil    3: four in two groups
+static AttentionShape attention_shape(const Side *s) {
+    static const int heads[] = {1, 2, 3, 4}, groups[] = {1, 2, 1, 2};
+    int d = s->s.C < MAX_HEAD ? s->s.C : MAX_HEAD, v = s->variant, far = s->s.K * s->s.dil;
+    AttentionShape a = {.B = s->s.B, .T = s->s.T, .H = heads[v], .G = groups[v], .d = d,
+                        .W = v == 1 ? s->s.K : v == 2 ? far : s->s.T,
+                        .R = v == 2 ? d / 4 * 2 : d / 2 * 2};
+    if (s->timed) a.d = s->s.C / 4, a.H = a.G = 4, a.R = a.d / 2 * 2;
+    return a;
+}
+static size_t qkv_values(AttentionShape a) {
+    return (size_t)a.B * (size_t)a.T * (size_t)((a.H + 2 * a.G) * a.d);
+}
+
+static void run_turn_forward(Side *s) {
+    AttentionShape a = attention_shape(s);
+    act *qkv = acts(s, "qkv", ADD, qkv_values(a));
+    real *rms = reals(s, "rms", OUT, rows_of(s) * (size_t)(a.H + a.G));
+    if (!s->failed) s->be->attention.turn_forward(qkv, rms, a);
+}
+static void run_turn_backward(Side *s) {
+    AttentionShape a = attention_shape(s);
+    act *dqkv = acts(s, "dqkv", ADD, qkv_values(a));
+    const act *qkv = acts(s, "qkv", IN, qkv_values(a));
+    const real *rms = reals(s, "rms", IN, rows_of(s) * (size_t)(a.H + a.G));
+    if (!s->failed) s->be->attention.turn_backward(dqkv, qkv, rms, a);
+}
+static void *attention_workspace(Side *s, AttentionShape a) {
+    return operand(s, "workspace", WORKSPACE, REALS, (s->be->attention.work_bytes(a) + 3) / 4);
+}
+static void run_attention_forward(Side *s) {
+    AttentionShape a = attention_shape(s);
+    size_t rows = rows_of(s) * (size_t)a.H;
+    act *out = acts(s, "out", OUT, rows * (size_t)a.d);
+    real *lse = reals(s, "lse", OUT, rows);
+    const act *qkv = acts(s, "qkv", IN, qkv_values(a));
+    const real *gain = reals(s, "gain", IN, (size_t)a.H);
+    void *work = attention_workspace(s, a);
+    if (!s->failed) s->be->attention.forward(out, lse, qkv, gain, a, work);
+}
+// lse are any numbers: what is called p then has another sum than 1, and is compared the same.
+static void run_attention_backward(Side *s) {
+    AttentionShape a = attention_shape(s);
+    size_t rows = rows_of(s) * (size_t)a.H;
+    act *dqkv = acts(s, "dqkv", OUT, qkv_values(a));
+    real *dgain = reals(s, "dgain", ADD, (size_t)a.H);
+    const act *dout = acts(s, "dout", IN, rows * (size_t)a.d);
+    const act *out = acts(s, "out", IN, rows * (size_t)a.d);
+    const act *qkv = acts(s, "qkv", IN, qkv_values(a));
+    const real *lse = reals(s, "lse", IN, rows), *gain = reals(s, "gain", IN, (size_t)a.H);
+    real *delta = operand(s, "delta", WORKSPACE, REALS, rows);
+    void *work = attention_workspace(s, a);
+    if (!s->failed)
+        s->be->attention.backward(dqkv, dgain, dout, out, lse, delta, qkv, gain, a, work);
+}
+
 // Variant 0: first in the middle of 16 rows. 1: beyond 2^32 draws. 2: over dout. 3: nothing drops.
 // Exact: every value that is dropped or kept shows.
 static void run_dropout_backward(Side *s) {
@@ -454,6 +506,10 @@ static const Op ops[] = {
     {"conv_backward_input", run_conv_backward_input, true, true},
     {"conv_backward_weight", run_conv_backward_weight, true, false},
     {"dropout_backward", run_dropout_backward, true, false},
+    {"attention.turn_forward", run_turn_forward, false, false},
+    {"attention.turn_backward", run_turn_backward, false, false},
+    {"attention.forward", run_attention_forward, false, false},
+    {"attention.backward", run_attention_backward, false, false},
     {"cross_entropy", run_cross_entropy, false, false},
     {"add_losses", run_add_losses, true, false},
     {"draw_batch", run_draw_batch, true, false},
@@ -470,8 +526,6 @@ static const Op *find_op(const char *name) {
 static Activation activation_of_variant(int variant) {
     return (Activation)((ACT_gelu + variant / CHECK_VARIANTS) % N_ACTIVATIONS);
 }
-#define ACTIVATION_NAME(name) #name,
-static const char *const activation_name[] = {ACTIVATIONS(ACTIVATION_NAME)};
 
 // ---- Comparing ---------------------------------------------------------------------------------
 
@@ -540,7 +594,7 @@ static int compare_sides(const Kernel *k, const Side *gpu, const Side *cpu, Kern
             bool other = gpu->activation != ACT_gelu;
             r->error = error;
             snprintf(r->where, sizeof r->where, "%s%s%s%s", b->name, other ? ", activation " : "",
-                     other ? activation_name[gpu->activation] : "",
+                     other ? activation_names[gpu->activation] : "",
                      cpu->rounded ? ", operands rounded" : "");
         }
         if (!ok) r->passed = false;
