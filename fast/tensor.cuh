@@ -20,6 +20,7 @@
 
 // ---- The rungs' launchers, for the rungs above them and for the table in conv_wgmma.cu ----------
 
+bool have_mma(void);  // this GPU has tensor cores for bf16, and code for them was built
 bool mma_takes(ConvShape s);
 void conv_forward_mma(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
                       void *work);
@@ -208,6 +209,41 @@ INLINE uint32_t shared_addr(const void *p) {
     uint64_t a;
     asm volatile("cvta.to.shared.u64 %0, %1;" : "=l"(a) : "l"(p));
     return (uint32_t)a;
+}
+
+// ---- Ampere's instructions ----------------------------------------------------------------------
+
+INLINE void copy16(uint32_t dst, const void *src, bool inside) {  // zeros where not inside
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
+}
+INLINE void copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+INLINE void copy_wait(void) {  // for all but the last PENDING groups
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Loads four 8 x 8 matrices, whose lines begin where lanes 0-7, 8-15, 16-23 and 24-31 point.
+// TRANSPOSE: each is transposed on its way.
+template <bool TRANSPOSE>
+INLINE void ldmatrix(uint32_t r[4], uint32_t addr) {
+    if (TRANSPOSE)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(addr)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(addr)
+                     : "memory");
+}
+INLINE void mma(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3},"
+        " {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
 

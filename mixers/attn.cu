@@ -225,7 +225,10 @@ static void launch_deltas(real *delta, const act *dout, const act *out, Attentio
            (const T *)out, rows, s.d);
     LAUNCHED("attention_deltas", 0, 2 * array_bytes(sizeof(T), rows, s.d));
 }
-static void launch_gains(real *dgain, const real *delta, AttentionShape s) {
+void attention_deltas_bf16(real *delta, const act *dout, const act *out, AttentionShape s) {
+    launch_deltas<bf16>(delta, dout, out, s);
+}
+void attention_gains_sum(real *dgain, const real *delta, AttentionShape s) {
     LAUNCH(attention_gains, (unsigned)s.H, 1024, dgain, delta, (size_t)s.B * s.T, s.H);
     LAUNCHED("attention_gains", 0, array_bytes(sizeof(float), (size_t)s.B * s.T, s.H));
 }
@@ -244,7 +247,7 @@ static void attention_backward_naive(act *dqkv, real *dgain, const act *dout, co
         (float *)dqkv, (const float *)dout, lse, delta, (const float *)qkv, gain, s);
     LAUNCHED("attention_queries_naive", 6 * attention_pairs(s) * s.d,
              attention_bytes(s, sizeof(float), 2, 1));
-    launch_gains(dgain, delta, s);
+    attention_gains_sum(dgain, delta, s);
 }
 
 // ---- tiled: tiles of queries and keys in shared memory ------------------------------------------
@@ -558,7 +561,7 @@ void attention_backward_tiled(act *dqkv, real *dgain, const act *dout, const act
     else if (s.d <= 32) run_backward<32, 32, T>(dqkv, dout, lse, delta, qkv, gain, s);
     else if (s.d <= 64) run_backward<64, 32, T>(dqkv, dout, lse, delta, qkv, gain, s);
     else run_backward<128, 16, T>(dqkv, dout, lse, delta, qkv, gain, s);
-    launch_gains(dgain, delta, s);
+    attention_gains_sum(dgain, delta, s);
 }
 template void attention_forward_tiled<bf16>(act *, real *, const act *, const real *,
                                             AttentionShape, void *);

@@ -26,4 +26,7 @@ template <typename T>
 void attention_backward_tiled(act *dqkv, real *dgain, const act *dout, const act *out,
                               const real *lse, real *delta, const act *qkv, const real *gain,
                               AttentionShape s, void *work);
+// delta = dout . out of every row and head; dgain += the columns of delta, as backward leaves it.
+void attention_deltas_bf16(real *delta, const act *dout, const act *out, AttentionShape s);
+void attention_gains_sum(real *dgain, const real *delta, AttentionShape s);
 #endif

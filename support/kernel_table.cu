@@ -34,6 +34,7 @@ static const struct {
     {conv_kernels, &n_conv_kernels},           {tensor_kernels, &n_tensor_kernels},
     {embed_kernels, &n_embed_kernels},         {layer_kernels, &n_layer_kernels},
     {optimizer_kernels, &n_optimizer_kernels}, {attention_kernels, &n_attention_kernels},
+    {attention_mma_kernels, &n_attention_mma_kernels},
 };
 enum { N_FILES = sizeof files / sizeof *files, MAX_KERNELS = 128 };
 
