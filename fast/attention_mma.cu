@@ -93,36 +93,41 @@ INLINE float quad_sum(float v) {
     return v + __shfl_xor_sync(~0u, v, 2);
 }
 
-// sums (16 rows x 8N columns) = first factors times rows n of a tile.
-template <int D, int N>
-INLINE void row_products(float (&sums)[N][4], const uint32_t (&a)[D / 16][4], uint32_t tile) {
+// sums (M times 16 rows x 8N columns) = first factors times rows n of a tile.
+template <int D, int M, int N>
+INLINE void row_products(float (&sums)[M][N][4], const uint32_t (&a)[M][D / 16][4], uint32_t tile) {
 #pragma unroll
-    for (int n = 0; n < N; n++)
-        for (int e = 0; e < 4; e++) sums[n][e] = 0;
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            for (int e = 0; e < 4; e++) sums[m][n][e] = 0;
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             uint32_t b[4];
             rows_as_columns<D>(b, tile, 8 * n, 16 * k);
-            mma(sums[n], a[k], b[0], b[1]);
-            mma(sums[n + 1], a[k], b[2], b[3]);
+            for (int m = 0; m < M; m++) {
+                mma(sums[m][n], a[m][k], b[0], b[1]);
+                mma(sums[m][n + 1], a[m][k], b[2], b[3]);
+            }
         }
 }
-// sums (16 x D) += factors (16 x 8N, as sums) times the rows of a tile.
-template <int D, int N>
-INLINE void add_channel_products(float (&sums)[D / 8][4], const float (&factors)[N][4],
+// sums (M times 16 x D) += factors (M times 16 x 8N, as sums) times the rows of a tile.
+template <int D, int M, int N>
+INLINE void add_channel_products(float (&sums)[M][D / 8][4], const float (&factors)[M][N][4],
                                  uint32_t tile) {
 #pragma unroll
     for (int k = 0; k < N; k += 2) {
-        uint32_t a[4];
-        sums_as_factor(a, factors[k], factors[k + 1]);
+        uint32_t a[M][4];
+        for (int m = 0; m < M; m++) sums_as_factor(a[m], factors[m][k], factors[m][k + 1]);
 #pragma unroll
         for (int n = 0; n < D / 8; n += 2) {
             uint32_t b[4];
             channels_as_columns<D>(b, tile, 8 * k, 8 * n);
-            mma(sums[n], a, b[0], b[1]);
-            mma(sums[n + 1], a, b[2], b[3]);
+            for (int m = 0; m < M; m++) {
+                mma(sums[m][n], a[m], b[0], b[1]);
+                mma(sums[m][n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
@@ -139,11 +144,10 @@ INLINE void store_sums(bf16 *row, const float (&sums)[D / 8][4], int half, float
 
 // ---- Forward ------------------------------------------------------------------------------------
 
-// Keys m0..m0+63 join what rows r0.. of a warp have so far.
+// Scores a of keys m0..m0+63 become exponentials; what rows r0..r0+15 had before is scaled to them.
 template <int D>
 INLINE void join_keys(float (&o)[D / 8][4], float (&top)[2], float (&sum)[2],
-                      float (&a)[KEYS / 8][4], float scale, AttentionShape s, int r0, int m0,
-                      uint32_t v_tile) {
+                      float (&a)[KEYS / 8][4], float scale, AttentionShape s, int r0, int m0) {
     const int r = r0 + threadIdx.x % 32 / 4, c = m0 + 2 * (threadIdx.x % 4);
     if (m0 + KEYS - 1 > r0 || r0 + 15 - m0 >= s.W)  // some row does not see all keys
 #pragma unroll
@@ -168,12 +172,11 @@ INLINE void join_keys(float (&o)[D / 8][4], float (&top)[2], float (&sum)[2],
         top[h] = most;
         for (int n = 0; n < D / 8; n++) o[n][2 * h] *= shrink, o[n][2 * h + 1] *= shrink;
     }
-    add_channel_products<D>(o, a, v_tile);
 }
 
-// A block owns 64 queries of a head, a warp 16 of them; the last queries, which have the most keys,
-// begin first.
-template <int D>
+// A block owns 64 M queries of a head, a warp 16 M of them: with M = 2 a piece of a tile that it
+// reads from shared memory serves two mma. The last queries, which have the most keys, begin first.
+template <int D, int M>
 __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int TILE = KEYS * D * 2;
@@ -181,17 +184,22 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
     const Head h(s, (int)blockIdx.y);
     const size_t wide = row_width(s), text = (size_t)blockIdx.z * s.T;
     const bf16 *x = a.qkv + text * wide;
-    const int t0 = (int)(gridDim.x - 1 - blockIdx.x) * 16 * MMA_WARPS;
-    const int r0 = t0 + threadIdx.x / 32 * 16, last = min(s.T, t0 + 16 * MMA_WARPS);
+    const int t0 = (int)(gridDim.x - 1 - blockIdx.x) * 16 * M * MMA_WARPS;
+    const int r0 = t0 + threadIdx.x / 32 * 16 * M, last = min(s.T, t0 + 16 * M * MMA_WARPS);
     const int first = t0 - s.W + 1 > 0 ? (t0 - s.W + 1) / KEYS * KEYS : 0;
     const float gain = a.gain[h.h], scale = fabsf(gain) * rsqrtf((float)s.d) * LOG2_E;
     const uint32_t tiles = shared_addr(smem);
-    uint32_t q[D / 16][4];
-    float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    load_factors<D>(q, x + (size_t)r0 * wide + h.q, wide, s.T - r0, s.d);
-    // The largest score is scale times the largest product only where scale is not negative.
-    for (int k = 0; k < D / 16 && gain < 0; k++)
-        for (int i = 0; i < 4; i++) q[k][i] ^= 0x80008000u;
+    uint32_t q[M][D / 16][4];
+    float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {};
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        const int r = r0 + 16 * m;
+        top[m][0] = top[m][1] = -INFINITY;
+        load_factors<D>(q[m], x + (size_t)r * wide + h.q, wide, s.T - r, s.d);
+        // The largest score is scale times the largest product only where scale is not negative.
+        for (int k = 0; k < D / 16; k++)
+            for (int i = 0; i < 4; i++) q[m][k][i] ^= gain < 0 ? 0x80008000u : 0;
+    }
     for (int m0 = first - KEYS; m0 < last; m0 += KEYS) {
         const int next = m0 + KEYS, slot = (next - first) / KEYS % 2;
         if (next < last) {
@@ -204,20 +212,24 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
         copy_wait<1>();
         __syncthreads();
         const uint32_t k_tile = tiles + (slot ^ 1) * 2 * TILE;
-        if (m0 <= r0 + 15 && m0 + KEYS - 1 > r0 - s.W) {  // some row sees some key
-            float scores[KEYS / 8][4];
+        if (m0 < r0 + 16 * M && m0 + KEYS - 1 > r0 - s.W) {  // some row sees some key
+            float scores[M][KEYS / 8][4];
             row_products<D>(scores, q, k_tile);
-            join_keys<D>(o, top, sum, scores, scale, s, r0, m0, k_tile + TILE);
+#pragma unroll
+            for (int m = 0; m < M; m++)
+                join_keys<D>(o[m], top[m], sum[m], scores[m], scale, s, r0 + 16 * m, m0);
+            add_channel_products<D>(o, scores, k_tile + TILE);
         }
         __syncthreads();
     }
-    for (int half = 0; half < 2; half++) {
-        const int t = r0 + threadIdx.x % 32 / 4 + 8 * half;
-        const float all = quad_sum(sum[half]);
+#pragma unroll
+    for (int i = 0; i < 2 * M; i++) {
+        const int m = i / 2, half = i % 2, t = r0 + threadIdx.x % 32 / 4 + 8 * i;
+        const float all = quad_sum(sum[m][half]);
         if (t >= s.T) continue;
         const size_t row = (text + t) * s.H + h.h;
-        store_sums<D>(a.out + row * s.d, o, half, 1 / all, s.d);
-        if (a.lse && threadIdx.x % 4 == 0) a.lse[row] = LN_2 * (top[half] + log2f(all));
+        store_sums<D>(a.out + row * s.d, o[m], half, 1 / all, s.d);
+        if (a.lse && threadIdx.x % 4 == 0) a.lse[row] = LN_2 * (top[m][half] + log2f(all));
     }
 }
 
@@ -238,10 +250,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
     const int steps = (last - block0 + TILE_ROWS - 1) / TILE_ROWS, all = steps * heads;
     const uint32_t slots = shared_addr(smem);
     const float root = rsqrtf((float)s.d);
-    uint32_t k[D / 16][4], v[D / 16][4];
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {};
-    load_factors<D>(k, x + (size_t)m0 * wide + own.k, wide, s.T - m0, s.d);
-    load_factors<D>(v, x + (size_t)m0 * wide + own.v, wide, s.T - m0, s.d);
+    uint32_t k[1][D / 16][4], v[1][D / 16][4];
+    float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+    load_factors<D>(k[0], x + (size_t)m0 * wide + own.k, wide, s.T - m0, s.d);
+    load_factors<D>(v[0], x + (size_t)m0 * wide + own.v, wide, s.T - m0, s.d);
     for (int i = -1; i < all; i++) {
         if (i + 1 < all) {
             const Head h(s, head0 + (i + 1) / steps);
@@ -265,7 +277,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
         const float *lse = (const float *)(smem + slot * SLOT + 2 * TILE), *delta = lse + TILE_ROWS;
         if (t0 + TILE_ROWS - 1 >= m0 && t0 - (m0 + 15) < s.W) {
             const float scale = a.gain[head0 + i / steps] * root;
-            float p[TILE_ROWS / 8][4], da[TILE_ROWS / 8][4];
+            float p[1][TILE_ROWS / 8][4], da[1][TILE_ROWS / 8][4];
             row_products<D>(p, k, q_tile);
             row_products<D>(da, v, go_tile);
             const bool whole = t0 >= m0 + 15 && t0 + TILE_ROWS - 1 - m0 < s.W;
@@ -275,9 +287,9 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
                     int col = 8 * n + 2 * (threadIdx.x % 4) + e % 2;
                     int back = t0 + col - (m0 + (int)threadIdx.x % 32 / 4 + e / 2 * 8);
                     bool seen = whole || (back >= 0 && back < s.W);
-                    float power = exp2_of(LOG2_E * (scale * p[n][e] - lse[col]));
-                    p[n][e] = seen ? power : 0;
-                    da[n][e] = p[n][e] * (da[n][e] - delta[col]) * scale;
+                    float power = exp2_of(LOG2_E * (scale * p[0][n][e] - lse[col]));
+                    p[0][n][e] = seen ? power : 0;
+                    da[0][n][e] = p[0][n][e] * (da[0][n][e] - delta[col]) * scale;
                 }
             add_channel_products<D>(dv, p, go_tile);
             add_channel_products<D>(dk, da, q_tile);
@@ -287,14 +299,14 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
     for (int half = 0; half < 2; half++) {
         const int m = m0 + threadIdx.x % 32 / 4 + 8 * half;
         if (m >= s.T) continue;
-        store_sums<D>(a.out + (text + m) * wide + own.k, dk, half, 1, s.d);
-        store_sums<D>(a.out + (text + m) * wide + own.v, dv, half, 1, s.d);
+        store_sums<D>(a.out + (text + m) * wide + own.k, dk[0], half, 1, s.d);
+        store_sums<D>(a.out + (text + m) * wide + own.v, dv[0], half, 1, s.d);
     }
 }
 
 // A block owns 64 queries, a warp 16 of them. delta becomes what each row adds to dgain.
-template <int D>
-__global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_mma_kernel(AttentionArgs a) {
+template <int D, int MINB>
+__global__ void __launch_bounds__(ATTENTION_THREADS, MINB) attention_queries_mma_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int TILE = KEYS * D * 2;
     const AttentionShape s = a.s;
@@ -306,10 +318,10 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_mma_kerne
     const int first = t0 - s.W + 1 > 0 ? (t0 - s.W + 1) / KEYS * KEYS : 0;
     const float root = rsqrtf((float)s.d), gain = a.gain[h.h];
     const uint32_t tiles = shared_addr(smem);
-    uint32_t q[D / 16][4], go[D / 16][4];
-    float dq[D / 8][4] = {}, lse[2], delta[2];
-    load_factors<D>(q, x + (size_t)r0 * wide + h.q, wide, s.T - r0, s.d);
-    load_factors<D>(go, a.dout + (text + r0) * C + h.q, C, s.T - r0, s.d);
+    uint32_t q[1][D / 16][4], go[1][D / 16][4];
+    float dq[1][D / 8][4] = {}, lse[2], delta[2];
+    load_factors<D>(q[0], x + (size_t)r0 * wide + h.q, wide, s.T - r0, s.d);
+    load_factors<D>(go[0], a.dout + (text + r0) * C + h.q, C, s.T - r0, s.d);
     for (int half = 0; half < 2; half++) {
         const int t = r0 + threadIdx.x % 32 / 4 + 8 * half;
         lse[half] = t < s.T ? LOG2_E * a.lse[(text + t) * s.H + h.h] : 0;
@@ -328,7 +340,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_mma_kerne
         __syncthreads();
         const uint32_t k_tile = tiles + (slot ^ 1) * 2 * TILE;
         if (m0 <= r0 + 15 && m0 + KEYS - 1 > r0 - s.W) {
-            float p[KEYS / 8][4], da[KEYS / 8][4];
+            float p[1][KEYS / 8][4], da[1][KEYS / 8][4];
             row_products<D>(p, q, k_tile);
             row_products<D>(da, go, k_tile + TILE);
             const bool whole = m0 + KEYS - 1 <= r0 && r0 + 15 - m0 < s.W;
@@ -338,8 +350,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_mma_kerne
                     int back = r0 + (int)threadIdx.x % 32 / 4 + e / 2 * 8 -
                                (m0 + 8 * n + 2 * ((int)threadIdx.x % 4) + e % 2);
                     bool seen = whole || (back >= 0 && back < s.W);
-                    float power = exp2_of(gain * root * LOG2_E * p[n][e] - lse[e / 2]);
-                    da[n][e] = (seen ? power : 0) * (da[n][e] - delta[e / 2]) * root;
+                    float power = exp2_of(gain * root * LOG2_E * p[0][n][e] - lse[e / 2]);
+                    da[0][n][e] = (seen ? power : 0) * (da[0][n][e] - delta[e / 2]) * root;
                 }
             add_channel_products<D>(dq, da, k_tile);
         }
@@ -350,21 +362,21 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_queries_mma_kerne
         float dot = 0;  // of dq and q, which lie in the same lanes
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            uint32_t q_n = q[n / 2][n % 2 * 2 + half];
-            dot += dq[n][2 * half] * low(q_n) + dq[n][2 * half + 1] * high(q_n);
+            uint32_t q_n = q[0][n / 2][n % 2 * 2 + half];
+            dot += dq[0][n][2 * half] * low(q_n) + dq[0][n][2 * half + 1] * high(q_n);
         }
         dot = quad_sum(dot);
         if (t >= s.T) continue;
-        store_sums<D>(a.out + (text + t) * wide + h.q, dq, half, gain, s.d);
+        store_sums<D>(a.out + (text + t) * wide + h.q, dq[0], half, gain, s.d);
         if (threadIdx.x % 4 == 0) a.delta[(text + t) * s.H + h.h] = dot;
     }
 }
 #else
-template <int D>
+template <int D, int M>
 __global__ void attention_forward_mma_kernel(AttentionArgs) {}
 template <int D, int TILE_ROWS>
 __global__ void attention_keys_mma_kernel(AttentionArgs) {}
-template <int D>
+template <int D, int MINB>
 __global__ void attention_queries_mma_kernel(AttentionArgs) {}
 #endif
 
@@ -374,9 +386,11 @@ static bool attention_mma_takes(AttentionShape s, const void *a, const void *b, 
     return have_mma() && s.d % 8 == 0 && aligned16(a) && aligned16(b) && aligned16(c);
 }
 
-static void launch_attention(void (*kernel)(AttentionArgs), AttentionArgs a, int heads, int shared) {
+// rows: of a block
+static void launch_attention(void (*kernel)(AttentionArgs), AttentionArgs a, int rows, int heads,
+                             int shared) {
     CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    dim3 grid(blocks_for(a.s.T, 16 * MMA_WARPS), heads, a.s.B);
+    dim3 grid(blocks_for(a.s.T, rows), heads, a.s.B);
     kernel<<<grid, ATTENTION_THREADS, shared, gpu_stream>>>(a);
 }
 
@@ -388,21 +402,27 @@ static void attention_forward_mma(act *out, real *lse, const act *qkv, const rea
     }
     AttentionArgs a = {s, (const bf16 *)qkv, NULL, gain, (bf16 *)out, lse, NULL};
     const int tiles = 4 * KEYS * 2;  // two of keys, two of values: bytes for a channel
-    if (s.d <= 16) launch_attention(attention_forward_mma_kernel<16>, a, s.H, tiles * 16);
-    else if (s.d <= 32) launch_attention(attention_forward_mma_kernel<32>, a, s.H, tiles * 32);
-    else if (s.d <= 64) launch_attention(attention_forward_mma_kernel<64>, a, s.H, tiles * 64);
-    else launch_attention(attention_forward_mma_kernel<128>, a, s.H, tiles * 128);
+    if (s.d <= 16)
+        launch_attention(attention_forward_mma_kernel<16, 2>, a, 128, s.H, tiles * 16);
+    else if (s.d <= 32)
+        launch_attention(attention_forward_mma_kernel<32, 2>, a, 128, s.H, tiles * 32);
+    else if (s.d <= 64 && getenv("M1"))
+        launch_attention(attention_forward_mma_kernel<64, 1>, a, 64, s.H, tiles * 64);
+    else if (s.d <= 64)
+        launch_attention(attention_forward_mma_kernel<64, 2>, a, 128, s.H, tiles * 64);
+    else
+        launch_attention(attention_forward_mma_kernel<128, 1>, a, 64, s.H, tiles * 128);
     LAUNCHED("attention_forward_mma", 4 * attention_pairs(s) * s.d,
              attention_bytes(s, sizeof(bf16), 1, 1));
 }
 
 template <int D, int TILE_ROWS>
 static void backward_kernels(AttentionArgs a) {
-    launch_attention(attention_keys_mma_kernel<D, TILE_ROWS>, a, a.s.G,
+    launch_attention(attention_keys_mma_kernel<D, TILE_ROWS>, a, 64, a.s.G,
                      2 * (2 * TILE_ROWS * D * 2 + 2 * TILE_ROWS * (int)sizeof(float)));
     LAUNCHED("attention_keys_mma", 8 * attention_pairs(a.s) * a.s.d,
              attention_bytes(a.s, sizeof(bf16), 2, 1));
-    launch_attention(attention_queries_mma_kernel<D>, a, a.s.H, 4 * KEYS * 2 * D);
+    launch_attention(getenv("Q3") ? attention_queries_mma_kernel<D, D <= 64 ? 3 : 1> : attention_queries_mma_kernel<D, 1>, a, 64, a.s.H, 4 * KEYS * 2 * D);
     LAUNCHED("attention_queries_mma", 6 * attention_pairs(a.s) * a.s.d,
              attention_bytes(a.s, sizeof(bf16), 2, 1));
 }
@@ -419,6 +439,7 @@ static void attention_backward_mma(act *dqkv, real *dgain, const act *dout, cons
     attention_deltas_bf16(delta, dout, out, s);
     if (s.d <= 16) backward_kernels<16, QUERIES>(a);
     else if (s.d <= 32) backward_kernels<32, QUERIES>(a);
+    else if (s.d <= 64 && getenv("K32")) backward_kernels<64, 32>(a);
     else if (s.d <= 64) backward_kernels<64, QUERIES>(a);
     else backward_kernels<128, QUERIES / 2>(a);
     attention_gains_sum(dgain, delta, s);

@@ -349,7 +349,7 @@ static AttentionShape attention_shape(const Side *s) {
     AttentionShape a = {.B = s->s.B, .T = s->s.T, .H = heads[v], .G = groups[v], .d = d,
                         .W = v == 1 ? s->s.K : v == 2 ? far : s->s.T,
                         .R = v == 2 ? d / 4 * 2 : d / 2 * 2};
-    if (s->timed) a.d = s->s.C / 4, a.H = a.G = 4, a.R = a.d / 2 * 2;
+    if (s->timed) a.d = s->s.C / 4, a.H = a.G = 4, a.R = a.d / 2 * 2, a.W = s->s.T;
     return a;
 }
 static size_t qkv_values(AttentionShape a) {
