@@ -8,6 +8,14 @@
 // Queries (or, in backward, keys) of a warp stay in registers as well; only what the block walks
 // over lies in shared memory, two tiles of it: one is multiplied while the next is on its way.
 //
+// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, us (TFLOP/s counted
+// as in mixers/attn.cu; FlashAttention-2 as PyTorch 2.11 ships it, in the same run):
+//     B x T      forward          FA2      backward          FA2
+//     64x512      59.9 (144)      67.2      224 (134)        291
+//     32x1024     91.6 (188)      97.5      350 (172)        378
+//     64x2048    540   (255)     526       2125 (227)       1973
+// Tried and dropped: 16 queries a warp (forward; 57.4, 93.0, 590), tiles of 32 queries for a block of
+// keys (255, 401, 2471 us backward).
 // Counts: mixers/attn.cu. Heads of up to 128 channels, a multiple of 8; others go to the tiled
 // kernels. Exponentials are of base 2, the factor log2(e) is in the scale.
 #include "mixers/attn.cuh"
@@ -305,8 +313,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
 }
 
 // A block owns 64 queries, a warp 16 of them. delta becomes what each row adds to dgain.
-template <int D, int MINB>
-__global__ void __launch_bounds__(ATTENTION_THREADS, MINB) attention_queries_mma_kernel(AttentionArgs a) {
+template <int D>
+__global__ void __launch_bounds__(ATTENTION_THREADS, D <= 64 ? 3 : 1) attention_queries_mma_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int TILE = KEYS * D * 2;
     const AttentionShape s = a.s;
@@ -376,7 +384,7 @@ template <int D, int M>
 __global__ void attention_forward_mma_kernel(AttentionArgs) {}
 template <int D, int TILE_ROWS>
 __global__ void attention_keys_mma_kernel(AttentionArgs) {}
-template <int D, int MINB>
+template <int D>
 __global__ void attention_queries_mma_kernel(AttentionArgs) {}
 #endif
 
@@ -406,8 +414,6 @@ static void attention_forward_mma(act *out, real *lse, const act *qkv, const rea
         launch_attention(attention_forward_mma_kernel<16, 2>, a, 128, s.H, tiles * 16);
     else if (s.d <= 32)
         launch_attention(attention_forward_mma_kernel<32, 2>, a, 128, s.H, tiles * 32);
-    else if (s.d <= 64 && getenv("M1"))
-        launch_attention(attention_forward_mma_kernel<64, 1>, a, 64, s.H, tiles * 64);
     else if (s.d <= 64)
         launch_attention(attention_forward_mma_kernel<64, 2>, a, 128, s.H, tiles * 64);
     else
@@ -422,7 +428,7 @@ static void backward_kernels(AttentionArgs a) {
                      2 * (2 * TILE_ROWS * D * 2 + 2 * TILE_ROWS * (int)sizeof(float)));
     LAUNCHED("attention_keys_mma", 8 * attention_pairs(a.s) * a.s.d,
              attention_bytes(a.s, sizeof(bf16), 2, 1));
-    launch_attention(getenv("Q3") ? attention_queries_mma_kernel<D, D <= 64 ? 3 : 1> : attention_queries_mma_kernel<D, 1>, a, 64, a.s.H, 4 * KEYS * 2 * D);
+    launch_attention(attention_queries_mma_kernel<D>, a, 64, a.s.H, 4 * KEYS * 2 * D);
     LAUNCHED("attention_queries_mma", 6 * attention_pairs(a.s) * a.s.d,
              attention_bytes(a.s, sizeof(bf16), 2, 1));
 }
@@ -439,7 +445,6 @@ static void attention_backward_mma(act *dqkv, real *dgain, const act *dout, cons
     attention_deltas_bf16(delta, dout, out, s);
     if (s.d <= 16) backward_kernels<16, QUERIES>(a);
     else if (s.d <= 32) backward_kernels<32, QUERIES>(a);
-    else if (s.d <= 64 && getenv("K32")) backward_kernels<64, 32>(a);
     else if (s.d <= 64) backward_kernels<64, QUERIES>(a);
     else backward_kernels<128, QUERIES / 2>(a);
     attention_gains_sum(dgain, delta, s);
