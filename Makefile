@@ -74,7 +74,7 @@ endif
 MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c support/units.c support/score.c \
 	support/stream.c $(wildcard mixers/*.c))
 CORE := $(MODEL) $(BUILD)/support/checkpoint.o $(BUILD)/support/output.o $(CUDA_OBJECTS)
-TESTS := test_gradcheck test_causality test_units test_model test_sample test_kernels
+TESTS := test_language test_gradcheck test_causality test_units test_model test_sample test_kernels
 PROGRAMS := train sample bench data/language
 
 all: $(PROGRAMS) $(TESTS)
@@ -112,12 +112,13 @@ bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)
 sample test_causality: %: $(BUILD)/%.o $(CORE)
-test_units test_model test_sample test_kernels: %: $(BUILD)/tests/%.o $(CORE)
+test_language test_units test_model test_sample test_kernels: %: $(BUILD)/tests/%.o $(CORE)
 test_units: test_units_f64
-train sample test_causality test_units test_model test_sample test_kernels:
+$(BUILD)/tests/test_language.o: data/language.c
+train sample test_causality test_language test_units test_model test_sample test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
-data/language: data/language.c data/language.h
-	$(CC) $(ALL_CFLAGS) -DLANGUAGE_MAIN $< -o $@ $(LIBS)
+data/language: data/language.c $(HEADERS) $(MODEL)
+	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)
 # In double, for finite differences.
 test_gradcheck: $(BUILD)/test_gradcheck_f64.o $(MODEL:.o=_f64.o) test_gradcheck_f32
 test_units_f64: $(BUILD)/tests/test_units_f64.o $(MODEL:.o=_f64.o)

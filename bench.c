@@ -8,6 +8,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#include <stdarg.h>
 
 #include "support/arithmetic.h"
 #include "support/options.h"
@@ -59,17 +60,31 @@ static void note_command(int argc, char **argv) {
     }
 }
 
-// One line of cells, the first one wide; tabs between them with --tsv.
-static void row(int n, const char *const *cells) {
-    for (int i = 0; i < n; i++)
-        printf(opt.tsv ? "%s%s" : i ? "%s%14s" : "%s%-30s", i && opt.tsv ? "\t" : "", cells[i]);
+// One line of cells, between which the format has tabs. They stay with --tsv; else they become
+// columns, the first one wide.
+static void row(const char *format, ...) {
+    char line[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    for (char *cell = line, *next; cell; cell = next) {
+        next = opt.tsv ? NULL : strchr(cell, '\t');
+        if (next) *next++ = 0;
+        printf(opt.tsv ? "%s" : cell == line ? "%-30s" : "%14s", cell);
+    }
     printf("\n");
     fflush(stdout);
 }
 
-static const char *number(char *buffer, const char *format, double x) {
-    snprintf(buffer, 32, format, x);
-    return buffer;
+// A rate as a cell; a dash where there are no operations to count.
+typedef struct {
+    char text[32];
+} Cell;
+static Cell rate_cell(const char *format, double rate) {
+    Cell c = {"-"};
+    if (rate > 0) snprintf(c.text, sizeof c.text, format, rate);
+    return c;
 }
 
 static int by_size(const void *a, const void *b) {
@@ -149,6 +164,16 @@ static double step_seconds(Model *m, double *spread) {
     return median_seconds(queued_steps, m, spread) / QUEUED;
 }
 
+// A training step's bytes/s of the paper's configuration; 0 where the shape does not fit.
+static double step_rate(const Backend *be, int B, int T) {
+    Model m;
+    Error e;
+    if (open_model(&m, be, B, T, &e)) return 0;
+    double s = step_seconds(&m, NULL);
+    model_free(&m);
+    return (double)B * T / s;
+}
+
 // 6 operations per parameter outside the embedding and byte: a multiply and an add forward, the
 // same twice backward.
 static double flops_per_byte(const Model *m) {
@@ -158,14 +183,10 @@ static double flops_per_byte(const Model *m) {
 static void step_row(const Backend *be, int B, int T) {
     Model m;
     Error e;
-    char c[6][32];
     if (open_model(&m, be, B, T, &e)) die(&cli, &e);
     double spread, s = step_seconds(&m, &spread), bytes = (double)B * T;
-    snprintf(c[0], 32, "%dx%d", B, T);
-    row(6, (const char *[]){c[0], number(c[1], "%.3f", s * 1e3), number(c[2], "%.0f", bytes / s),
-                            number(c[3], "%.1f", flops_per_byte(&m) * bytes / s / 1e9),
-                            number(c[4], "%.1f", (double)model_memory(&m) / 1e6),
-                            number(c[5], "%.0f%%", spread * 100)});
+    row("%dx%d\t%.3f\t%.0f\t%.1f\t%.1f\t%.0f%%", B, T, s * 1e3, bytes / s,
+        flops_per_byte(&m) * bytes / s / 1e9, (double)model_memory(&m) / 1e6, spread * 100);
     model_free(&m);
 }
 
@@ -173,7 +194,7 @@ static void step_row(const Backend *be, int B, int T) {
 static void step_table(void) {
     bool cpu = on_cpu();
     title("step", "a training step of the paper's configuration (forward, backward, AdamW)");
-    row(6, (const char *[]){"batch x seq", "ms", "bytes/s", "GFLOP/s", "MB", "spread"});
+    row("batch x seq\tms\tbytes/s\tGFLOP/s\tMB\tspread");
     if (opt.batch || opt.seq) {
         step_row(backend, opt.batch ? (int)opt.batch : 16, opt.seq ? (int)opt.seq : 512);
         return;
@@ -182,44 +203,18 @@ static void step_table(void) {
     for (int i = 0; i < 3; i++) step_row(backend, cpu ? 16 : 32, T[i]);
 }
 
-// ---- Where a step's time goes, on the CPU, by operation ----------------------------------------
+// ---- Where a step's time goes: on the CPU by operation, on a GPU by kernel ----------------------
 
-static void operation_rows(KernelTime *k, int n, int steps) {
-    double total = 0;
-    for (int i = 0; i < n; i++) total += k[i].seconds;
-    row(6, (const char *[]){"operation", "calls", "ms", "share", "GFLOP/s", "GB/s"});
+static void operation_rows(const KernelTime *k, int n, const KernelTime *all) {
+    row("operation\tcalls\tms\tshare\tGFLOP/s\tGB/s");
     for (int i = 0; i < n; i++) {
-        char c[5][32];
         double s = k[i].seconds;
-        row(6, (const char *[]){k[i].name, number(c[0], "%.0f", (double)k[i].launches / steps),
-                                number(c[1], "%.3f", s / steps * 1e3),
-                                number(c[2], "%.1f%%", 100 * s / total),
-                                k[i].flops > 0 ? number(c[3], "%.1f", k[i].flops / s / 1e9) : "-",
-                                number(c[4], "%.1f", k[i].bytes / s / 1e9)});
+        row("%s\t%d\t%.3f\t%.1f%%\t%s\t%.1f", k[i].name, k[i].launches, s * 1e3,
+            100 * s / all->seconds, rate_cell("%.1f", k[i].flops / s / 1e9).text,
+            k[i].bytes / s / 1e9);
     }
-    char ms[32];
-    row(3, (const char *[]){"all", "", number(ms, "%.3f", total / steps * 1e3)});
+    row("all\t\t%.3f", all->seconds * 1e3);
 }
-
-static void queue_step(void *m) { model_train_step(m); }
-
-static void step_by_operation(int B, int T) {
-    static KernelTime rows[MOST_KERNEL_TIMES];
-    Model m;
-    Error e;
-    if (open_model(&m, backend, B, T, &e)) die(&cli, &e);
-    model_train_step(&m);  // warm-up
-    int n = 0, steps = 0;
-    for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
-        n = cpu_trace(queue_step, &m, rows, n);
-    model_free(&m);
-    char what[96];
-    snprintf(what, sizeof what, "a step of %dx%d by operation", B, T);
-    title("layers", what);
-    operation_rows(rows, n, steps);
-}
-
-// ---- The same on a GPU, by kernel: the count of every launch stands beside it -------------------
 
 // What this GPU was measured to do in a second, in operations of matrix products and in bytes. 0:
 // not known.
@@ -245,70 +240,68 @@ static double least_seconds(const KernelTime *k, Limit l) {
 
 // One line. k: of one step; total: what its share is a share of; least: at the limit, seconds.
 static void kernel_row(const KernelTime *k, double total, double least) {
-    char c[6][32];
     double s = k->seconds;
-    row(7, (const char *[]){k->name, number(c[0], "%.0f", (double)k->launches),
-                            number(c[1], "%.1f", s * 1e6), number(c[2], "%.1f%%", 100 * s / total),
-                            k->flops > 0 ? number(c[3], "%.1f", k->flops / s / 1e12) : "-",
-                            number(c[4], "%.0f", k->bytes / s / 1e9),
-                            number(c[5], "%.0f%%", 100 * least / s)});
+    row("%s\t%d\t%.1f\t%.1f%%\t%s\t%.0f\t%.0f%%", k->name, k->launches, s * 1e6, 100 * s / total,
+        rate_cell("%.1f", k->flops / s / 1e12).text, k->bytes / s / 1e9, 100 * least / s);
 }
 
-// n rows of so many steps, then what they come to, at a limit that is the sum of theirs: one after
-// the other, as they were traced, and in `step` seconds, as training runs them.
-static void kernel_rows(KernelTime *k, int n, int steps, double step) {
-    KernelTime all = {.name = "all, one after the other"};
+// Every kernel, then what they come to, at a limit that is the sum of theirs: one after the other,
+// as they were traced, and in `step` seconds, as training runs them.
+static void kernel_rows(const KernelTime *k, int n, const KernelTime *all, double step) {
     double least = 0;
     Limit limit = measure_limit();
+    KernelTime captured = *all;
+    captured.name = "a step, captured";
+    captured.seconds = step;
     printf("# launches one at a time; in a captured step they overlap, and it takes less\n");
-    row(7, (const char *[]){"kernel", "launches", "us", "share", "TFLOP/s", "GB/s",
-                            "of the limit"});
+    row("kernel\tlaunches\tus\tshare\tTFLOP/s\tGB/s\tof the limit");
     for (int i = 0; i < n; i++) {
-        k[i].launches /= steps;
-        k[i].seconds /= steps;
-        k[i].flops /= steps;
-        k[i].bytes /= steps;
-        all.launches += k[i].launches;
-        all.seconds += k[i].seconds;
-        all.flops += k[i].flops;
-        all.bytes += k[i].bytes;
         least += least_seconds(&k[i], limit);
+        kernel_row(&k[i], all->seconds, least_seconds(&k[i], limit));
     }
-    for (int i = 0; i < n; i++) kernel_row(&k[i], all.seconds, least_seconds(&k[i], limit));
-    kernel_row(&all, all.seconds, least);
-    KernelTime real_step = all;
-    real_step.name = "a step, captured";
-    real_step.seconds = step;
-    kernel_row(&real_step, all.seconds, least);
+    kernel_row(all, all->seconds, least);
+    kernel_row(&captured, all->seconds, least);
 }
 
-static void step_by_kernel(int B, int T) {
+// Makes n rows of so many steps those of one, and returns their sum.
+static KernelTime average(KernelTime *k, int n, int steps) {
+    KernelTime all = {.name = "all, one after the other"};
+    for (int i = 0; i < n; i++) {
+        all.launches += k[i].launches /= steps;
+        all.seconds += k[i].seconds /= steps;
+        all.flops += k[i].flops /= steps;
+        all.bytes += k[i].bytes /= steps;
+    }
+    return all;
+}
+
+static void queue_step(void *m) { model_train_step(m); }
+
+static void layers_table(void) {
     static KernelTime rows[MOST_KERNEL_TIMES];
-    Backend b = *backend;
-    b.capture = NULL;  // launch by launch: a trace does not see into a graph
-    b.side_rows = 0;   // and has one clock
+    bool cpu = on_cpu();
+    int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32, n = 0, steps = 0;
+    int T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
     Model m;
     Error e;
     char what[96];
-    snprintf(what, sizeof what, "a step of %dx%d by kernel", B, T);
-    if (open_model(&m, backend, B, T, &e)) die(&cli, &e);
-    double step = step_seconds(&m, NULL);
-    model_free(&m);
+    Backend b = *backend;
+    b.capture = NULL;  // launch by launch: a trace does not see into a graph
+    b.side_rows = 0;   // and has one clock
+    int (*trace)(void (*)(void *), void *, KernelTime *, int) = cpu ? cpu_trace : gpu_trace;
+    double step = cpu ? 0 : (double)B * T / step_rate(backend, B, T);
     if (open_model(&m, &b, B, T, &e)) die(&cli, &e);
-    gpu_trace(queue_step, &m, rows, 0);  // warm-up: the next begins again with no rows
-    int n = 0, steps = 0;
+    trace(queue_step, &m, rows, 0);  // warm-up: the next begins again with no rows
     for (double begin = now(); steps < 3 || now() - begin < opt.seconds; steps++)
-        n = gpu_trace(queue_step, &m, rows, n);
+        n = trace(queue_step, &m, rows, n);
     model_free(&m);
+    snprintf(what, sizeof what, "a step of %dx%d by %s", B, T, cpu ? "operation" : "kernel");
     title("layers", what);
-    kernel_rows(rows, n, steps, step);
-}
-
-static void layers_table(void) {
-    bool cpu = on_cpu();
-    int B = opt.batch ? (int)opt.batch : cpu ? 16 : 32;
-    int T = opt.seq ? (int)opt.seq : cpu ? 512 : 1024;
-    (cpu ? step_by_operation : step_by_kernel)(B, T);
+    const KernelTime all = average(rows, n, steps);
+    if (cpu)
+        operation_rows(rows, n, &all);
+    else
+        kernel_rows(rows, n, &all, step);
 }
 
 // ---- Streaming: the limit is how fast the weights come from cache ------------------------------
@@ -369,7 +362,6 @@ static int most_threads(void) {
 static void stream_row(Model *m, const real *params, int streams, int threads) {
     static Push p;
     Error e;
-    char c[6][32];
     double weights = (double)(m->n_params - (size_t)V * (size_t)m->config.channels) * sizeof(real);
     set_threads(threads);
     double rate = weights / median_seconds(read_once, NULL, NULL);
@@ -378,13 +370,9 @@ static void stream_row(Model *m, const real *params, int streams, int threads) {
     stream_begin(&p.stream, streams);
     double s = median_seconds(push_bytes, &p, NULL) / 100;
     stream_free(&p.stream);
-    snprintf(c[0], 32, "%d stream%s, %d thread%s", streams, streams > 1 ? "s" : "", threads,
-             threads > 1 ? "s" : "");
-    row(6, (const char *[]){c[0], number(c[1], "%.0f", streams / s),
-                            number(c[2], "%.1f", weights / s / 1e9),
-                            number(c[3], "%.1f", rate / 1e9),
-                            number(c[4], "%.0f%%", 100 * weights / s / rate),
-                            number(c[5], "%.1f", weights / 1e6)});
+    row("%d stream%s, %d thread%s\t%.0f\t%.1f\t%.1f\t%.0f%%\t%.1f", streams,
+        streams > 1 ? "s" : "", threads, threads > 1 ? "s" : "", streams / s, weights / s / 1e9,
+        rate / 1e9, 100 * weights / s / rate, weights / 1e6);
 }
 
 static void stream_table(void) {
@@ -396,8 +384,7 @@ static void stream_table(void) {
         die(&cli, &e);
     read_buffer = m.params;
     read_count = m.n_params - (size_t)V * (size_t)config.channels;
-    row(6, (const char *[]){"streams", "bytes/s", "weights GB/s", "read GB/s", "share",
-                            "MB a byte"});
+    row("streams\tbytes/s\tweights GB/s\tread GB/s\tshare\tMB a byte");
     int threads = most_threads();
     for (int n = 1; n <= threads; n += n == threads ? 1 : threads - 1) {
         stream_row(&m, m.params, 1, n);
@@ -409,16 +396,6 @@ static void stream_table(void) {
 
 // ---- The GPU: the paper's tables, and every kernel beside the ceilings --------------------------
 
-// A training step's bytes/s of the paper's configuration; 0 where the shape does not fit.
-static double step_rate(const Backend *be, int B, int T) {
-    Model m;
-    Error e;
-    if (open_model(&m, be, B, T, &e)) return 0;
-    double s = step_seconds(&m, NULL);
-    model_free(&m);
-    return (double)B * T / s;
-}
-
 // The paper's Table 1: training bytes/s of each set of kernels, and the last over the first.
 static void table1(void) {
     const int shapes[][2] = {{1, 128}, {8, 256}, {16, 512}, {32, 1024}, {64, 1024}, {32, 2048},
@@ -426,24 +403,22 @@ static void table1(void) {
     int n;
     Error e;
     const char *const *names = gpu_backend_names(&n);
-    const char *cells[16] = {"batch x seq"};
-    char text[16][32];
+    char line[256];
     title("table1", "training, bytes/s, the paper's configuration, by set of kernels");
-    for (int j = 0; j < n; j++) cells[1 + j] = names[j];
-    cells[1 + n] = "last/first";
-    row(n + 2, cells);
+    int used = snprintf(line, sizeof line, "batch x seq");
+    for (int j = 0; j < n; j++)
+        used += snprintf(line + used, sizeof line - (size_t)used, "\t%s", names[j]);
+    row("%s\tlast/first", line);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         int B = shapes[i][0], T = shapes[i][1];
         double first = 0, rate = 0;
-        snprintf(text[0], 32, "%dx%d", B, T);
-        cells[0] = text[0];
+        used = snprintf(line, sizeof line, "%dx%d", B, T);
         for (int j = 0; j < n; j++) {
             rate = step_rate(gpu_backend(names[j], &e), B, T);
             if (j == 0) first = rate;
-            cells[1 + j] = number(text[1 + j], "%.0f", rate);
+            used += snprintf(line + used, sizeof line - (size_t)used, "\t%.0f", rate);
         }
-        cells[1 + n] = number(text[1 + n], "%.2f", rate / first);
-        row(n + 2, cells);
+        row("%s\t%.2f", line, rate / first);
     }
 }
 
@@ -452,16 +427,14 @@ static void memory_table(void) {
     const int shapes[][2] = {{8, 512}, {16, 1024}, {32, 1024}, {32, 2048}};
     const char *paper[] = {"87.8", "144.0", "232.2", "392.7"};
     title("memory", "device memory of a training step, MB (10^6 bytes), the paper's configuration");
-    row(3, (const char *[]){"batch x seq", backend->name, "the paper"});
+    row("batch x seq\t%s\tthe paper", backend->name);
     for (int i = 0; i < 4; i++) {
         Model m;
         Error e;
-        char c[2][32];
-        snprintf(c[0], 32, "%dx%d", shapes[i][0], shapes[i][1]);
         if (open_model(&m, backend, shapes[i][0], shapes[i][1], &e)) die(&cli, &e);
         one_step(&m);
-        row(3, (const char *[]){c[0], number(c[1], "%.1f", (double)gpu_allocated_bytes() / 1e6),
-                                paper[i]});
+        row("%dx%d\t%.1f\t%s", shapes[i][0], shapes[i][1], (double)gpu_allocated_bytes() / 1e6,
+            paper[i]);
         model_free(&m);
     }
 }
@@ -476,7 +449,7 @@ static void ladder_table(void) {
     const Limit in_bf16 = {gpu_cublas_rate(8192, 8192, 8192, true), in_float.bytes};
     double gemm = gpu_cublas_rate(s.B * s.T, 256, 768, false);
     double gemm_bf16 = gpu_cublas_rate(s.B * s.T, 256, 768, true);
-    char what[160], c[6][32];
+    char what[160];
     snprintf(what, sizeof what, "every kernel at %dx%d, C = O = 256, K = 3, dil = 4", s.B, s.T);
     title("ladder", what);
     printf("# the limit: a large copy's %.0f GB/s; in float32 multiply-adds' %.1f TFLOP/s, in bf16 "
@@ -485,15 +458,13 @@ static void ladder_table(void) {
            gemm_bf16 / 1e12);
     printf("# calls in a row, captured, so without the host's launches; conv_forward with bias and "
            "GELU, without residual and dropout\n");
-    row(5, (const char *[]){"kernel", "us", "TFLOP/s", "GB/s", "of the limit"});
+    row("kernel\tus\tTFLOP/s\tGB/s\tof the limit");
     for (int i = 0; i < n; i++) {
         KernelTime k = {.name = kernels[i].name};
         double t = kernel_seconds(&kernels[i], s, &k.flops, &k.bytes);
         double least = least_seconds(&k, kernels[i].act_bytes < sizeof(real) ? in_bf16 : in_float);
-        row(5, (const char *[]){k.name, number(c[0], "%.1f", t * 1e6),
-                                k.flops > 0 ? number(c[1], "%.2f", k.flops / t / 1e12) : "-",
-                                number(c[2], "%.0f", k.bytes / t / 1e9),
-                                number(c[3], "%.0f%%", 100 * least / t)});
+        row("%s\t%.1f\t%s\t%.0f\t%.0f%%", k.name, t * 1e6,
+            rate_cell("%.2f", k.flops / t / 1e12).text, k.bytes / t / 1e9, 100 * least / t);
     }
 }
 

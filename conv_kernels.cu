@@ -75,23 +75,6 @@ static __device__ void epilogue_backward(const Epilogue &e, float sum, size_t n,
     pre[i] = (T)(sum * e.drop.scale * slope);
 }
 
-// A forward epilogue as the kernels take it: scale is 1 where nothing is dropped. A plain linear
-// map becomes pre alone: its sums are stored, and nothing is computed from them.
-static Epilogue forward_epilogue(Epilogue e) {
-    if (e.drop.threshold != 0) return e;
-    e.drop.scale = 1;
-    if (e.activation == ACT_none && !e.residual && !e.pre) e.pre = e.out, e.out = NULL;
-    return e;
-}
-
-// A launch's bytes: x (or dy), the weights, and what the epilogue moves.
-static double forward_bytes(const Epilogue &e, ConvShape s, size_t size) {
-    return conv_bytes(s, size, 1, forward_arrays(e));
-}
-static double backward_bytes(const Epilogue &e, ConvShape s, size_t size) {
-    return conv_bytes(s, size, backward_arrays(e), 1);
-}
-
 // ---- Rung 1: naive ------------------------------------------------------------------------------
 //
 // The loops of layers.c, whose two outer ones, over rows n and channels o, have become threads: one

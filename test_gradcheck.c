@@ -3,100 +3,21 @@
 // The same sources compiled in double. Each operation alone, on both CPU backends and with every
 // activation; then the whole model, blocks and pre-norm convs, with every option:
 //   forward   against its definition, written a second time here, slow and plain;
-//   backward  against central differences along random directions u of one tensor p:
-//               slope(h) = (loss(p + h u) - loss(p - h u)) / 2h  =  sum(gradient * u) + O(h^2),
-//             of which (4 slope(h) - slope(2h)) / 3 leaves an O(h^4): h need not be so small that
-//             the difference drowns in rounding.
+//   backward  against central differences (tests/gradients.h).
 // Last, float32 against double: test_gradcheck_f32, the same in float32, must stand beside the
 // program; it is asked for its gradients of the same models.
 //   ./test_gradcheck
 #define _POSIX_C_SOURCE 200809L  // popen
-#include "support/arithmetic.h"
-#include "tests/test.h"
+#include "tests/gradients.h"
 
-enum { DIRECTIONS = 3, WIDEST = 256 };
-#define STEP 3e-4            // h, relative to the largest value of the tensor
-#define NARROWEST 3e-6       // h where a second derivative jumps
-#define GRADIENT_BOUND 1e-7  // relative to the tensor's own gradient
-#define EXACT_BOUND 1e-12    // double against double, in another order of summation
-#define FLOAT_BOUND 2e-5     // float32 against double, worst value of a tensor to its largest
+enum { WIDEST = 256 };
+#define EXACT_BOUND 1e-12  // double against double, in another order of summation
+#define FLOAT_BOUND 2e-5   // float32 against double, worst value of a tensor to its largest
 
 static const Backend *be;  // that is tested
 static StepState state = {.step = 5};
 
-// ---- Central differences -----------------------------------------------------------------------
-
-typedef double (*Loss)(void *arg);
-
-// Of a dropped value only its mark is stored, and the mark is no number that could be a little
-// larger: values equal to `mark` stay as they are, and their gradient must be 0. NO_MARK: none.
-#define NO_MARK ((real)NAN)
-
-// The slope of loss(arg) where value = saved, along the directions of a stream, 2h wide.
-static double central_difference(real *value, const real *saved, size_t n, real mark, double h,
-                                 uint64_t stream, Loss loss, void *arg) {
-    double side[2];
-    for (int s = 0; s < 2; s++) {
-        for (size_t i = 0; i < n; i++)
-            if (saved[i] != mark)
-                value[i] = saved[i] + (real)((s ? h : -h) * random_value(stream, i));
-        side[s] = loss(arg);
-    }
-    return (side[1] - side[0]) / (2 * h);
-}
-
-// How far grad[n] is from the derivative of loss(arg) by value[n], relative to that derivative's
-// size (its root mean square over the directions), so that an all-zero gradient is 100 % wrong.
-static double gradient_error(real *value, size_t n, const real *grad, real mark, double step,
-                             Loss loss, void *arg) {
-    real *saved = new_reals(n);
-    memcpy(saved, value, n * sizeof *saved);
-    double h = 0, worst = 0, squares = 0;
-    for (size_t i = 0; i < n; i++) {
-        if (value[i] != mark) h = fmax(h, step * fabs((double)value[i]));
-        if (value[i] == mark && !(grad[i] == 0)) worst = INFINITY;
-    }
-    for (int d = 0; d < DIRECTIONS; d++) {
-        uint64_t stream = 900 + (uint64_t)d;
-        double expected = 0;
-        for (size_t i = 0; i < n; i++) expected += (double)grad[i] * random_value(stream, i);
-        double near = central_difference(value, saved, n, mark, h, stream, loss, arg);
-        double far = central_difference(value, saved, n, mark, 2 * h, stream, loss, arg);
-        double slope = (4 * near - far) / 3, diff = fabs(slope - expected);
-        if (!(diff <= worst)) worst = diff;
-        squares += slope * slope;
-    }
-    memcpy(value, saved, n * sizeof *saved);
-    free(saved);
-    return worst / sqrt(squares / DIRECTIONS);
-}
-
-static double largest(const real *x, size_t n) {
-    double most = 0;
-    for (size_t i = 0; i < n; i++)
-        if (!(fabs((double)x[i]) <= most)) most = fabs((double)x[i]);
-    return most;
-}
-
-// `dead`: nothing that this tensor says can reach the loss. Its gradient is 0 but for rounding.
-// The second derivative of lrelu2 jumps at 0. Where a value lies within 2h of that place the error
-// is O(h), and h is made smaller instead: a right gradient agrees with one of three differences, a
-// wrong one with none.
-static void check_marked(const char *where, const char *tensor, real *value, size_t n,
-                         const real *grad, real mark, bool dead, Loss loss, void *arg) {
-    if (dead) {
-        check_error(largest(grad, n), EXACT_BOUND, "%s: d %s is zero", where, tensor);
-        return;
-    }
-    double error = INFINITY;
-    for (double h = STEP; !(error <= GRADIENT_BOUND) && h > NARROWEST / 2; h /= 10)
-        error = fmin(error, gradient_error(value, n, grad, mark, h, loss, arg));
-    check_error(error, GRADIENT_BOUND, "%s: d %s", where, tensor);
-}
-static void check_gradient(const char *where, const char *tensor, real *value, size_t n,
-                           const real *grad, bool dead, Loss loss, void *arg) {
-    check_marked(where, tensor, value, n, grad, NO_MARK, dead, loss, arg);
-}
+// ---- Small helpers ------------------------------------------------------------------------------
 
 static double dot(const real *a, const real *b, size_t n) {
     double sum = 0;
@@ -660,8 +581,8 @@ static void test_cross_entropy(float cap, double spread) {
                 "%s: losses beside gradients", name);
     for (int i = 0; i < LOSS_ROWS; i++)
         if (loss_targets[i] < 0)
-            check(largest(dlogits + i * V, V) == 0 && t.losses[i] == 0, "%s: row %d is not scored",
-                  name, i);
+            check(largest_value(dlogits + i * V, V) == 0 && t.losses[i] == 0,
+                  "%s: row %d is not scored", name, i);
     if (cap > 0)
         check_gradient(name, "logits", t.logits, n, dlogits, false, cross_entropy_loss, &t);
     else

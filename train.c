@@ -141,7 +141,7 @@ static int load_text(Text *t, const char *name, double held_out, Error *e) {
         t->n = BUILT_IN_BYTES;
         t->bytes = malloc(t->n);
         if (!t->bytes) return fail(e, "out of memory for the built-in corpus");
-        language_write(t->bytes, t->n, BUILT_IN_SEED, NULL);
+        language_write(t->bytes, t->n, BUILT_IN_SEED);
     }
     t->n_train = (size_t)((double)t->n * (1 - held_out));
     return 0;

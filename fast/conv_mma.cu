@@ -310,8 +310,8 @@ static void mma_launch(const MmaArgs &a, size_t m, int n, int z) {
              : MODE == BACKWARD ? "conv_mma backward"
                                 : "conv_mma weights",
              conv_flops(a.s),
-             MODE == FORWARD    ? forward_bytes(a.e, a.s)
-             : MODE == BACKWARD ? backward_bytes(a.e, a.s)
+             MODE == FORWARD    ? forward_bytes(a.e, a.s, sizeof(bf16))
+             : MODE == BACKWARD ? backward_bytes(a.e, a.s, sizeof(bf16))
                                 : weight_bytes(a.s, sizeof(bf16), a.splits));
 }
 

@@ -441,7 +441,7 @@ static void conv_launch(const Epilogue &e, const float *bias, const void *x, con
     launch(kernel, dim3((unsigned)(ceil_div(a.tiles, busiest) * parts)), CONV_THREADS, shared, &a,
            weights_unchanged);
     LAUNCHED(BACKWARD ? "conv_wgmma backward" : "conv_wgmma forward", conv_flops(s),
-             BACKWARD ? backward_bytes(e, s) : forward_bytes(e, s));
+             BACKWARD ? backward_bytes(e, s, sizeof(bf16)) : forward_bytes(e, s, sizeof(bf16)));
 }
 
 template <bool BACKWARD, int TILE_O>

@@ -211,24 +211,7 @@ INLINE uint32_t shared_addr(const void *p) {
 }
 #endif
 
-// ---- On the host: epilogues, the GPU, a launch --------------------------------------------------
-
-// A forward epilogue as the kernels take it: scale is 1 where nothing is dropped. A plain linear
-// map becomes pre alone: its sums are stored, and nothing is computed from them.
-static inline Epilogue forward_epilogue(Epilogue e) {
-    if (e.drop.threshold != 0) return e;
-    e.drop.scale = 1;
-    if (e.activation == ACT_none && !e.residual && !e.pre) e.pre = e.out, e.out = NULL;
-    return e;
-}
-
-// A launch's bytes: x (or dy), the weights in bf16, and what the epilogue moves.
-static inline double forward_bytes(const Epilogue &e, ConvShape s) {
-    return conv_bytes(s, sizeof(bf16), 1, forward_arrays(e));
-}
-static inline double backward_bytes(const Epilogue &e, ConvShape s) {
-    return conv_bytes(s, sizeof(bf16), backward_arrays(e), 1);
-}
+// ---- On the host: the GPU, a launch -------------------------------------------------------------
 
 static inline bool all_aligned(const Epilogue &e, const void *in, const void *w,
                                const void *bias) {

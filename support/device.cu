@@ -32,17 +32,17 @@ __global__ void does_nothing() {}
 
 // The driver, the first device, and whether this build has code for it.
 static int probe_gpu(GpuInfo *g, Error *e) {
-    int devices = 0;
-    cudaDriverGetVersion(&g->driver);
-    cudaRuntimeGetVersion(&g->runtime);
-    if (g->driver == 0)
+    int devices = 0, driver = 0, runtime = 0;  // versions: 13000 is CUDA 13.0
+    size_t free_bytes, all;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0)
         return fail(e, "no NVIDIA driver found: install it, or use --device cpu");
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code == cudaErrorInsufficientDriver)
         return fail(e, "the NVIDIA driver knows CUDA %d.%d, this build needs %d.%d: update the "
                        "driver, build with an older toolkit, or use --device cpu",
-                    g->driver / 1000, g->driver % 1000 / 10, g->runtime / 1000,
-                    g->runtime % 1000 / 10);
+                    driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     if (code == cudaErrorNoDevice || (code == cudaSuccess && devices == 0))
         return fail(e, "no NVIDIA GPU found (is CUDA_VISIBLE_DEVICES set?): use --device cpu");
     if (code != cudaSuccess)
@@ -50,7 +50,7 @@ static int probe_gpu(GpuInfo *g, Error *e) {
     struct cudaDeviceProp p;
     code = cudaGetDeviceProperties(&p, 0);
     if (code == cudaSuccess) code = cudaSetDevice(0);
-    if (code == cudaSuccess) code = cudaMemGetInfo(&g->free_bytes, &g->bytes);
+    if (code == cudaSuccess) code = cudaMemGetInfo(&free_bytes, &all);
     if (code != cudaSuccess)
         return fail(e, "cannot use the GPU: %s; is another program holding it? else --device cpu",
                     cudaGetErrorString(code));

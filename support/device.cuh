@@ -35,6 +35,21 @@ void gpu_forget_error(void);  // and CUDA's own note of it
 extern bool gpu_tracing;
 void gpu_note_launch(const char *name, double flops, double bytes);
 
+// A conv's forward epilogue as the kernels take it: scale is 1 where nothing is dropped. A plain
+// linear map becomes pre alone: its sums are stored, and nothing is computed from them.
+static inline Epilogue forward_epilogue(Epilogue e) {
+    if (e.drop.threshold != 0) return e;
+    e.drop.scale = 1;
+    if (e.activation == ACT_none && !e.residual && !e.pre) e.pre = e.out, e.out = NULL;
+    return e;
+}
+// Bytes of a conv's launch: x (or dy), the weights, and what the epilogue moves.
+static inline double forward_bytes(const Epilogue &e, ConvShape s, size_t size) {
+    return conv_bytes(s, size, 1, forward_arrays(e));
+}
+static inline double backward_bytes(const Epilogue &e, ConvShape s, size_t size) {
+    return conv_bytes(s, size, backward_arrays(e), 1);
+}
 // Bytes of a weight gradient: x, dy, and the partial sums of every split, or dw read and written
 // where there is only one split; and of the kernel that adds the splits to dw.
 static inline double sums_bytes(ConvShape s) { return sizeof(float) * (double)s.K * s.C * s.O; }

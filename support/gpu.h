@@ -32,8 +32,6 @@ typedef struct {
     char name[96];
     int capability;  // 90 = sm_90
     int sms;         // multiprocessors
-    size_t bytes, free_bytes;
-    int driver, runtime;  // CUDA versions, 13000 = 13.0
 } GpuInfo;
 
 // What a check of one kernel found.

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "model.h"
 #include "support/arithmetic.h"
 
 enum { MOST_BUFFERS = 24 };
@@ -70,6 +71,13 @@ static real input_value(const Side *s, int salt, size_t i) {
     return (real)(((double)r.v[0] + 0.5) / 2147483648.0 - 1);
 }
 
+// n zeroed values of that size on the host, or NULL, and the side has failed.
+static void *host_values(Side *s, size_t n, size_t size) {
+    void *p = calloc(n, size);
+    if (!p) s->failed = true;
+    return p;
+}
+
 // The bits of a NaN, and no valid byte or index either.
 static void fill_with_nan(void *host, size_t n) {
     const uint32_t nan_bits = 0x7FC00000u;
@@ -89,18 +97,12 @@ static void *operand(Side *s, const char *name, Role role, Kind kind, size_t n) 
     if (salt >= s->count) {
         *b = (Buffer){.name = name, .role = role, .is_act = is_act, .n = n};
         b->p = s->be->alloc(n * size);
-        if (!b->p) {
-            s->failed = true;
-            return NULL;
-        }
+        s->failed = !b->p;
+        if (s->failed) return NULL;
         s->count++;
     }
-    if (!s->fill) return b->p;
-    real *host = malloc(n * sizeof *host);
-    if (!host) {
-        s->failed = true;
-        return NULL;
-    }
+    real *host = s->fill ? host_values(s, n, sizeof *host) : NULL;
+    if (!host) return s->failed ? NULL : b->p;
     if (role == OUT || role == WORKSPACE)
         fill_with_nan(host, n);
     else
@@ -139,12 +141,8 @@ static void *workspace(Side *s, size_t N, int K, int width, size_t n) {
 static int *ints(Side *s, const char *name, Role role, size_t n, int low, int high) {
     int *p = operand(s, name, role, REALS, n);
     s->buffers[s->next - 1].is_int = true;
-    if (!p || role != IN || !s->fill) return p;
-    int *host = malloc(n * sizeof *host);
-    if (!host) {
-        s->failed = true;
-        return p;
-    }
+    int *host = p && role == IN && s->fill ? host_values(s, n, sizeof *host) : NULL;
+    if (!host) return p;
     for (size_t i = 0; i < n; i++) {
         Philox r = philox(s->seed, (uint32_t)i, 0, (uint32_t)s->next, RNG_TEST);
         host[i] = low + (int)(r.v[1] % (uint32_t)(high - low + 1));
@@ -172,11 +170,8 @@ static void last_is_norm_gradient(Side *s) {
 }
 
 static StepState *state_in(Side *s, uint32_t step) {
-    StepState *host = calloc(1, sizeof *host);
-    if (!host) {
-        s->failed = true;
-        return NULL;
-    }
+    StepState *host = host_values(s, 1, sizeof *host);
+    if (!host) return NULL;
     host->step = step;
     host->loss_sum = 3;
     StepState *p = operand(s, "state", ADD, REALS, sizeof *host / 4);
@@ -470,8 +465,6 @@ static const Op *find_op(const char *name) {
 static Activation activation_of_variant(int variant) {
     return (Activation)((ACT_gelu + variant / CHECK_VARIANTS) % N_ACTIVATIONS);
 }
-#define ACTIVATION_NAME(name) #name,
-static const char *const activation_name[] = {ACTIVATIONS(ACTIVATION_NAME)};
 
 // ---- Comparing ---------------------------------------------------------------------------------
 
@@ -540,7 +533,7 @@ static int compare_sides(const Kernel *k, const Side *gpu, const Side *cpu, Kern
             bool other = gpu->activation != ACT_gelu;
             r->error = error;
             snprintf(r->where, sizeof r->where, "%s%s%s%s", b->name, other ? ", activation " : "",
-                     other ? activation_name[gpu->activation] : "",
+                     other ? activation_names[gpu->activation] : "",
                      cpu->rounded ? ", operands rounded" : "");
         }
         if (!ok) r->passed = false;

@@ -10,7 +10,7 @@
 #   tests/mutate.sh --gpu [NAME]   mutants_gpu.txt on a machine with a GPU: test_kernels --small
 # CC, CFLAGS, NVCC, JOBS and TESTS (which programs are to notice, the quickest first) are taken from
 # the environment.
-TESTS=${TESTS:-test_units test_causality test_model test_units_f64 test_gradcheck test_sample}
+TESTS=${TESTS:-test_units test_causality test_model test_units_f64 test_gradcheck test_sample test_language}
 CC=${CC:-cc}
 CFLAGS=${CFLAGS:--O2}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -93,6 +93,7 @@ build_gpu() {
 # of a header for CUDA files every .cu counts as a reader.
 forget() {
     case $1 in
+    data/language.c) rm -f tests/test_language.o ;;  # which includes it
     *.c) rm -f "${1%.c}.o" "${1%.c}_f64.o" ;;
     *.cu) rm -f "${1%.cu}_cu.o" ;;
     *)
@@ -144,6 +145,7 @@ one() {
         case $file in  # what only test_sample sees should not wait for all others to pass
         sample.c | support/checkpoint.c | support/output.c | support/stream.c)
             begin_with test_sample ;;
+        data/language.c) begin_with test_language ;;
         esac
         first_failure
         case $? in
@@ -161,13 +163,11 @@ if [ "$1" = --one ]; then
 fi
 
 BUILD=build mutants=mutants.txt FITS= gpu=
-if [ "$1" = --fits ]; then
-    FITS=fit
+while :; do
+    case $1 in --fits) FITS=fit ;; --gpu) gpu=1 ;; *) break ;; esac
     shift
-fi
-if [ "$1" = --gpu ]; then
-    gpu=1
-    shift
+done
+if [ -n "$gpu" ]; then
     BUILD=build_gpu mutants=mutants_gpu.txt TESTS=test_kernels COMPILERS=$(nproc)
     NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 |

@@ -2,7 +2,7 @@
 # run.sh: runs every test program that `make test` built and adds up their closing lines.
 # A program that fails, crashes or runs no check fails the whole.     tests/run.sh [PROGRAM...]
 cd "$(dirname "$0")/.." || exit 1
-[ $# -gt 0 ] || set -- "data/language --test" ./test_gradcheck ./test_causality ./test_units \
+[ $# -gt 0 ] || set -- ./test_language ./test_gradcheck ./test_causality ./test_units \
     ./test_model ./test_sample ./test_kernels tests/test_train.sh tests/test_build.sh tests/test_python.sh
 ulimit -f 2000000 # a program that never stops writing shall fail, not fill the disk
 log=$(mktemp) || exit 1

@@ -184,71 +184,45 @@ static void check_operation(const Kernel *all, int n, const char *op, const Opti
 typedef struct {
     const char *name;
     Config config;
-    int B, T;
-    Training training;
+    int B, T, passes;
+    float dropout, byte_dropout;
+    double clip, average;
 } Case;
 
-enum { CASES = 7, SMALL_CASES = 4 };
-static Case model_case(int i) {
-    static const char *const units[CASES] = {
-        "2x(block:3:1:2:4)",
-        "2x(conv:3:1 conv:3:2 conv:3:4)",
-        "2x(block:2:1:2:4)",
-        "block:3:1:2 conv:2:4:lrelu2 block:2:3:1:none 2x(conv:3:2 conv:2:4)",
-        "2x(conv:3:1 conv:3:2 conv:3:4)",
-        "2x(conv:3:1 conv:3:2 conv:3:4)",
-        "2x(block:3:1:2:4)",
-    };
-    const Hyper h = {.steps = 50, .warmup = 5, .lr = 2e-3, .min_lr = 2e-4, .beta1 = 0.9,
-                     .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1, .clip = 1, .ema = 0};
-    Case k = {.name = "blocks", .B = 2, .T = 40,
-              .config = {.channels = 32, .latent = 32, .activation = ACT_gelu},
-              .training = {.seed = 5, .passes = 1, .hyper = h}};
-    snprintf(k.config.units, sizeof k.config.units, "%s", units[i]);
-    if (i == 1) {
-        k.name = "convs, tied, softcap, dropout, byte dropout, average, two passes";
-        k.config.tie = true;
-        k.config.softcap = 30;
-        k.training.dropout = 0.2f;
-        k.training.byte_dropout = 0.1f;
-        k.training.passes = 2;
-        k.training.hyper.ema = 0.9;
-    }
-    if (i == 2) {
-        k.name = "blocks, odd sizes, dropout, two passes";
-        k.config.channels = 33;
-        k.config.latent = 21;
-        k.T = 37;
-        k.B = 3;
-        k.training.dropout = 0.1f;
-        k.training.passes = 2;  // the second starts amid rows that share their draws
-    }
-    if (i == 3) {
-        k.name = "blocks and convs, three activations, dropout, two passes";
-        k.config.tie = true;
-        k.T = 37;
-        k.training.dropout = 0.1f;
-        k.training.passes = 2;
-    }
-    if (i == 4) {
-        k.name = "convs, own head, softcap, no clipping";
-        k.config.latent = 48;
-        k.config.softcap = 5;
-        k.training.hyper.clip = 0;
-    }
+#define GELU .activation = ACT_gelu
+#define SMALL .channels = 32, .latent = 32
+#define BLOCKS .units = "2x(block:3:1:2:4)"
+#define CONVS .units = "2x(conv:3:1 conv:3:2 conv:3:4)"
+
+static const Case cases[] = {
+    {"blocks", {SMALL, GELU, BLOCKS}, 2, 40, 1, 0, 0, 1, 0},
+    {"convs, tied, softcap, dropout, byte dropout, average, two passes",
+     {SMALL, GELU, CONVS, .tie = true, .softcap = 30}, 2, 40, 2, 0.2f, 0.1f, 1, 0.9},
+    // the second pass starts amid rows that share their draws
+    {"blocks, odd sizes, dropout, two passes",
+     {.channels = 33, .latent = 21, GELU, .units = "2x(block:2:1:2:4)"}, 3, 37, 2, 0.1f, 0, 1, 0},
+    {"blocks and convs, three activations, dropout, two passes",
+     {SMALL, GELU, .tie = true,
+      .units = "block:3:1:2 conv:2:4:lrelu2 block:2:3:1:none 2x(conv:3:2 conv:2:4)"},
+     2, 37, 2, 0.1f, 0, 1, 0},
+    {"convs, own head, softcap, no clipping",
+     {.channels = 32, .latent = 48, GELU, CONVS, .softcap = 5}, 2, 40, 1, 0, 0, 0, 0},
     // (Squares upon squares would grow from conv to conv of a block, which has no norm.)
-    if (i == 5) k.name = "convs, lrelu2, dropout", k.config.activation = ACT_lrelu2;
-    if (i == 6) k.name = "blocks, none, dropout", k.config.activation = ACT_none;
-    if (i >= 5) k.training.dropout = 0.2f;
-    return k;
-}
+    {"convs, lrelu2, dropout", {SMALL, .activation = ACT_lrelu2, CONVS}, 2, 40, 1, 0.2f, 0, 1, 0},
+    {"blocks, none, dropout", {SMALL, .activation = ACT_none, BLOCKS}, 2, 40, 1, 0.2f, 0, 1, 0},
+};
+enum { CASES = sizeof cases / sizeof *cases, SMALL_CASES = 4 };
 
 static int open_model(Model *m, const Backend *be, const Case *k, Error *e) {
     uint8_t text[4000];
     for (int i = 0; i < 4000; i++)  // something to learn: words of a small alphabet
         text[i] = (uint8_t)('a' + (i / 5 * 7 + i % 5 * 3 + (i * 2654435761u >> 29)) % 26);
     uint64_t lengths[2] = {1500, 2500};
-    if (model_open(m, be, &k->config, k->B, k->T, &k->training, e)) return -1;
+    const Training training = {
+        .dropout = k->dropout, .byte_dropout = k->byte_dropout, .seed = 5, .passes = k->passes,
+        .hyper = {.steps = 50, .warmup = 5, .lr = 2e-3, .min_lr = 2e-4, .beta1 = 0.9, .beta2 = 0.99,
+                  .eps = 1e-8, .weight_decay = 0.1, .clip = k->clip, .ema = k->average}};
+    if (model_open(m, be, &k->config, k->B, k->T, &training, e)) return -1;
     if (model_init_params(m, 1, e) == 0 && model_set_corpus(m, text, lengths, 2, e) == 0) return 0;
     model_free(m);
     return -1;
@@ -478,22 +452,23 @@ static void test_models(const Options *o) {
         int status = o->small ? 0 : gpu_selftest(be, &e);
         if (!o->small) report(status == 0, name, status ? e.text : "");
         for (int i = 0; i < CASES; i++) {
-            Case k = model_case(i);
-            snprintf(name, sizeof name, "%s, gradients, %s", names[j], k.name);
-            if (i < SMALL_CASES || !o->small) test_gradients(be, &k, name);
-            snprintf(name, sizeof name, "%s, copies of parameters, %s", names[j], k.name);
-            if (i < 1 || !o->small) test_copies(be, &k, name);
+            const Case *k = &cases[i];
+            snprintf(name, sizeof name, "%s, gradients, %s", names[j], k->name);
+            if (i < SMALL_CASES || !o->small) test_gradients(be, k, name);
+            snprintf(name, sizeof name, "%s, copies of parameters, %s", names[j], k->name);
+            if (i < 1 || !o->small) test_copies(be, k, name);
             if (o->small) continue;
-            snprintf(name, sizeof name, "%s, 50 steps, %s", names[j], k.name);
-            snprintf(twice, sizeof twice, "%s, same bits twice, %s", names[j], k.name);
-            test_steps(be, &k, name, twice);
-            snprintf(name, sizeof name, "%s, the same bits however launched, %s", names[j], k.name);
-            test_overlap(be, &k, name);
+            snprintf(name, sizeof name, "%s, 50 steps, %s", names[j], k->name);
+            snprintf(twice, sizeof twice, "%s, same bits twice, %s", names[j], k->name);
+            test_steps(be, k, name, twice);
+            snprintf(name, sizeof name, "%s, the same bits however launched, %s", names[j],
+                     k->name);
+            test_overlap(be, k, name);
         }
         // The smallest of the paper's, and as large as a pass with the side stream may be.
         const int sizes[][2] = {{1, 128}, {8, 256}};
         for (int i = 0; i < 2 && !o->small; i++) {
-            Case k = model_case(0);
+            Case k = cases[0];
             k.config = config_paper();
             k.B = sizes[i][0], k.T = sizes[i][1];
             snprintf(name, sizeof name, "%s, the same bits however launched, %dx%d", names[j], k.B,

@@ -173,11 +173,6 @@ static real *step_gradients(Model *m) {
 // itself comes through, some tensors cannot count.
 static bool may_be_dead(const Model *m) { return m->config.channels == 1 || m->T == 1; }
 
-// The largest gradient of all tensors: the measure of what is zero but for rounding.
-static double largest_gradient(const Model *m, const real *grads) {
-    return largest_value(grads, m->n_params);
-}
-
 // |a - b| / |b|, norms over the array. NaN if there is one.
 static double norm_error(const real *a, const real *b, size_t n) {
     double diff = 0, size = 0;
@@ -188,10 +183,11 @@ static double norm_error(const real *a, const real *b, size_t n) {
     return sqrt(diff) / sqrt(size);
 }
 
-// Every tensor's gradient against another backend's, in one line: the worst of them.
+// Every tensor's gradient against another backend's, in one line: the worst of them. The largest of
+// all is the measure of what is zero but for rounding.
 static void compare_gradients(const Model *m, const char *where, const real *grads,
                               const real *expected, double bound, double zero) {
-    double worst = 0, most = largest_gradient(m, expected);
+    double worst = 0, most = largest_value(expected, m->n_params);
     const char *name = "none";
     check(most > 0, "%s: there are gradients", where);
     for (int i = 0; i < m->n_tensors; i++) {
@@ -214,9 +210,9 @@ typedef struct {
     double steps;           // the loss of any of a few steps, nats per byte
 } Bounds;
 
-// float32 differs by the order of its sums. bf16 activations keep 8 bits: a logit of 3 is rounded by
-// up to 0.006, and what rounding does to a gradient falls only with the number of rows summed. Worst of
-// 224 cases on an H100: 0.0007, 0.12 (the next 0.098), 0.006.
+// float32 differs by the order of its sums. bf16 activations keep 8 bits: a logit of 3 is rounded
+// by up to 0.006, and what rounding does to a gradient falls only with the number of rows summed.
+// Worst of 224 cases on an H100: 0.0007, 0.12 (the next 0.098), 0.006.
 static Bounds bounds_of(const Backend *be) {
     if (be == &plain_backend) return (Bounds){1e-5, 1e-5, 1e-4};
     return be->act_bytes == 2 ? (Bounds){2e-3, 0.2, 1.5e-2} : (Bounds){1e-4, 1e-4, 1e-3};
@@ -365,8 +361,8 @@ static void change_byte(Model *m, const char *where, int t, int64_t reach, const
     if (t + reach + 1 < T)
         check(after, "%s: byte %d changes nothing more than %lld later", where, t,
               (long long)reach);
-    // Dropout may take the one way that leads there; and after seven taps in a row what is left of a
-    // change may be less than bf16 can show.
+    // Dropout may take the one way that leads there; and after seven taps in a row what is left of
+    // a change may be less than bf16 can show.
     if (t + reach < T && m->training.dropout == 0 && m->backend->act_bytes >= 4)
         check(!same_at(base, now, CHANGED * T + t + (int)reach),
               "%s: byte %d changes the output %lld later", where, t, (long long)reach);
