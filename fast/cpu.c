@@ -207,9 +207,9 @@ enum { ROWS = 6, COLS = 64 / sizeof(real) };
 enum {
     WIDE = 4 * COLS,         // columns of a lone row: 8 vectors, so that no sum waits for itself
     TILES = 8,               // tiles of rows that share a panel of weights while L2 holds it
-    CHUNK = TILES * ROWS,    // rows that a thread takes at a time
-    SPAN = 256,              // rows of dy that backward_weight keeps in L1: SPAN*COLS*4 = 32 KB
-    SHARE = 64,              // channels of dw that a thread takes at a time
+    CHUNK = TILES * ROWS,    // rows, or channels of dw, that a thread takes at a time
+    SHARE = 4 * COLS,        // columns of dw that it takes with them, at most
+    SPAN = 128,              // rows of dy that backward_weight keeps in L1: SPAN*COLS*4 = 16 KB
 };
 
 // a*b + c, rounded once where the hardware can. gcc is asked by name, because tuned for some CPUs
@@ -258,9 +258,13 @@ static __attribute__((noinline)) void wide_row(real *out, const real *const *x, 
 static int at_most(int a, int b) { return a < b ? a : b; }
 static size_t groups(size_t n, size_t size) { return (n + size - 1) / size; }
 
-// One row of a tile in or out; the usual, full one becomes two vector moves.
+// One row of a tile in or out; the usual, full one becomes two vector moves. (Of a memcpy of either
+// size gcc 12 makes one call.)
 static inline void copy_row(real *to, const real *from, int n) {
-    memcpy(to, from, n == COLS ? COLS * sizeof(real) : (size_t)n * sizeof(real));
+    if (n == COLS)
+        memcpy(to, from, COLS * sizeof *to);
+    else
+        for (int j = 0; j < n; j++) to[j] = from[j];
 }
 
 void conv_rows(real *const *out, const real *const *rows, int n, const real *w, const real *b,
@@ -431,55 +435,97 @@ static void cpu_conv_backward_input(const act *dy, const real *w, Epilogue e, Co
 
 // forward:  sum[t,o] += w[k,c,o] x[t - k*dil, c],  sum[t,o] += b[o]
 // The same tile, whose rows are channels and whose sum runs over time: row r is channel c0+r, one
-// step in time is C values on. Of taps that reach before the text nothing is read: the sum starts
-// at t = k*dil. A block of COLS columns and up to SHARE channels of tap k is one thread's, for the
-// whole batch, in the order of n.
-static void weight_block(const WeightJob *job, bool with_bias, const ConvShape *s, int k,
-                         int c_begin, int o0) {
-    real *dw = job->dw, *db = with_bias ? job->db : NULL;
-    const real *x = job->x, *dy = job->dy;
-    real panel[SPAN][COLS], sums[ROWS][COLS];
+// step in time is C values on. A block of CHUNK channels and up to SHARE columns, with all taps, is
+// one thread's, for the whole batch, in the order of n.
+//
+// What a span of 128 rows costs a block of 64 x 128, K = 3, with AVX-512:
+//   196,608 multiply-adds of 16 values, as many cycles; 10 loads to every 16 of them: these bind
+//   x and dy from memory        96 KB, 0.5 bytes a cycle; asked for one span ahead
+//   dy copied into panels       64 KB; blocks of one tap would copy it K times
+//   x from L2                  768 KB, 4 bytes a cycle: a line per t and tile
+//   dw read and written back   192 KB, 1 byte a cycle, between tiles
+
+// Columns 0..cols-1 of `span` rows of dy as a dense panel: all channels and taps read it from L1.
+// db += the sum of these rows, where it is not NULL.
+static void dy_panel(real panel[SPAN][COLS], real *db, const real *dy, int span, int cols, int O) {
+    if (cols < COLS) memset(panel, 0, SPAN * sizeof *panel);  // columns past O count as 0
+    for (int t = 0; t < span; t++) copy_row(panel[t], dy + (size_t)t * O, cols);
+    if (!db) return;
+    real sum[COLS] = {0};
+    copy_row(sum, db, cols);
+    // forward:  sum[t,o] += b[o]
+    for (int t = 0; t < span; t++)
+#pragma omp simd
+        for (int j = 0; j < COLS; j++) sum[j] += panel[t][j];
+    copy_row(db, sum, cols);
+}
+
+// dw[r*O + j] += sum_t x[t*C + r] panel[t*COLS + j], r below `rows`, j below `cols`.
+static void weight_tile(real *dw, const real *x, const real *panel, const ConvShape *s, int span,
+                        int rows, int cols) {
+    // dw itself is the running sum: read, continued by this span, written back.
+    real sums[ROWS][COLS] = {{0}};
     const real *from[ROWS];
-    int cols = at_most(COLS, s->O - o0);
-    int c_end = at_most(c_begin + SHARE, s->C);
-    int64_t reach = (int64_t)k * job->dil;
+    // A channel too many repeats the last one of x; its sums are not written.
+    for (int r = 0; r < ROWS; r++) from[r] = x + at_most(r, rows - 1);
+    for (int r = 0; r < rows; r++) copy_row(sums[r], dw + (size_t)r * s->O, cols);
+    tile(sums, from, (size_t)s->C, panel, COLS, 1, span);
+    for (int r = 0; r < rows; r++) copy_row(dw + (size_t)r * s->O, sums[r], cols);
+}
+
+// Asks for n values to be brought into L2.
+static inline void prefetch(const real *p, int n) {
+    for (int i = 0; i < n; i += 64 / (int)sizeof *p) __builtin_prefetch(p + i, 0, 2);
+}
+
+static void weight_block(const WeightJob *job, const ConvShape *s, int c_begin, int o_begin,
+                         int width) {
+    _Alignas(64) real panel[SPAN][COLS];
+    size_t N = (size_t)s->B * s->T, C = (size_t)s->C, O = (size_t)s->O;
+    int channels = at_most(CHUNK, s->C - c_begin), o_end = at_most(o_begin + width, s->O);
+    size_t tiles = s->K * groups((size_t)channels, ROWS) * groups((size_t)(o_end - o_begin), COLS);
+    const real *x = (const real *)job->x + c_begin, *dy = job->dy;
+    real *db = c_begin == 0 ? job->db : NULL;  // one block of a column sums the bias
     for (int n = 0; n < s->B; n++)
-        for (int64_t t0 = reach; t0 < s->T; t0 += SPAN) {
-            int span = s->T - t0 < SPAN ? (int)(s->T - t0) : SPAN;
-            // dy0: dy[n, t0, o0]; x0: x[n, t0 - k*dil, 0]
-            const real *dy0 = dy + ((size_t)n * s->T + (size_t)t0) * s->O + o0;
-            const real *x0 = x + ((size_t)n * s->T + (size_t)(t0 - reach)) * s->C;
-            // The panel is a dense copy: all channels read it from L1. Columns past O count as 0.
-            if (cols < COLS) memset(panel, 0, sizeof panel);
-            for (int t = 0; t < span; t++) copy_row(panel[t], dy0 + (size_t)t * s->O, cols);
-            // forward:  sum[t,o] += b[o]
-            for (int t = 0; t < span && db; t++)
-                for (int j = 0; j < cols; j++) db[o0 + j] += panel[t][j];
-            for (int c0 = c_begin; c0 < c_end; c0 += ROWS) {
-                // dw itself is the running sum: read, continued by this span, written back.
-                real *dw_k = dw + ((size_t)k * s->C + c0) * s->O + o0;
-                int channels = at_most(ROWS, c_end - c0);
-                memset(sums, 0, sizeof sums);
-                // A channel too many repeats the last one of x; its sums are not written.
-                for (int r = 0; r < ROWS; r++) from[r] = x0 + at_most(c0 + r, s->C - 1);
-                for (int r = 0; r < channels; r++) copy_row(sums[r], dw_k + (size_t)r * s->O, cols);
-                // dw[k,c,o] += sum_t x[t - k*dil, c] dy[t,o]
-                tile(sums, from, (size_t)s->C, panel[0], COLS, 1, span);
-                for (int r = 0; r < channels; r++) copy_row(dw_k + (size_t)r * s->O, sums[r], cols);
+        for (int t0 = 0; t0 < s->T; t0 += SPAN) {
+            int span = at_most(SPAN, s->T - t0);
+            size_t row = (size_t)n * s->T + (size_t)t0, ahead = row + (size_t)span, done = 0;
+            for (int o0 = o_begin; o0 < o_end; o0 += COLS) {
+                int cols = at_most(COLS, o_end - o0);
+                dy_panel(panel, db ? db + o0 : NULL, dy + row * O + o0, span, cols, s->O);
+                for (int k = 0; k < s->K; k++) {
+                    // Before t = k*dil tap k reads before the text: its span begins `skip` later.
+                    int64_t reach = (int64_t)k * job->dil, skip = reach > t0 ? reach - t0 : 0;
+                    if (skip >= span) break;
+                    // x_k: x[n, t0 + skip - k*dil, c_begin]
+                    const real *x_k = x + (row + (size_t)skip - (size_t)reach) * C;
+                    real *dw_k = job->dw + ((size_t)k * C + (size_t)c_begin) * O + o0;
+                    for (int c = 0; c < channels; c += ROWS) {
+                        // The tiles of this span ask, each for its part, for the rows of the next.
+                        size_t end = row + (size_t)span + SPAN * ++done / tiles;
+                        for (; ahead < end && ahead < N; ahead++) {
+                            prefetch(x + ahead * C, channels);
+                            prefetch(dy + ahead * O + o_begin, o_end - o_begin);
+                        }
+                        weight_tile(dw_k + (size_t)c * O, x_k + c, panel[skip], s, span - (int)skip,
+                                    at_most(ROWS, channels - c), cols);
+                    }
+                }
             }
         }
 }
 
 static void cpu_conv_backward_weight(const WeightJob *jobs, int n, ConvShape s, void *work) {
-    // Job, tap, channels and columns name a piece of dw: no two threads write the same value.
+    // Job, channels and columns name a block of dw: no two threads write the same value. Blocks are
+    // halved until there are four for each thread; no bit depends on it.
     (void)work;
-#pragma omp parallel for collapse(4) schedule(dynamic)
+    int width = SHARE;
+    size_t rows = (size_t)n * groups((size_t)s.C, CHUNK), enough = 4 * (size_t)thread_count();
+    while (width > COLS && rows * groups((size_t)s.O, (size_t)width) < enough) width /= 2;
+#pragma omp parallel for collapse(3) schedule(dynamic)
     for (int i = 0; i < n; i++)
-        for (int k = 0; k < s.K; k++)
-            for (int c0 = 0; c0 < s.C; c0 += SHARE)
-                for (int o0 = 0; o0 < s.O; o0 += COLS)
-                    // tap 0 sees every t: its first block also sums the bias
-                    weight_block(&jobs[i], k == 0 && c0 == 0, &s, k, c0, o0);
+        for (int c0 = 0; c0 < s.C; c0 += CHUNK)
+            for (int o0 = 0; o0 < s.O; o0 += width) weight_block(&jobs[i], &s, c0, o0, width);
     CPU_DONE("conv_backward_weight", n * conv_flops(s),
              n * (conv_bytes(s, sizeof(real), 1, 1) + (double)sizeof(real) * s.K * s.C * s.O));
 }
