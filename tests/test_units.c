@@ -458,6 +458,35 @@ static void test_streaming(const Case *c) {
     model_free(&m);
 }
 
+// The logits for the byte after a text of n, which begins at byte `from` of a longer one.
+static void logits_after(const Case *c, const real *params, uint64_t from, int n, real *logits) {
+    Stream s;
+    Error e;
+    if (stream_open(&s, &c->config, params, 1, &e)) need(false, e.text);
+    s.position = from;
+    for (int t = 0; t < n; t++) {
+        int id = byte_at((size_t)t);
+        stream_push(&s, &id, NULL, logits);
+    }
+    stream_free(&s);
+}
+
+// Positions count only by their differences: the same text 10 million bytes further on.
+static void test_far_on(const Case *c) {
+    enum { LONGEST = 1000 };
+    int64_t field = config_receptive_field(&c->config);
+    if (field > LONGEST) return;
+    Model m;
+    real here[V], far[V];
+    open_or_die(&m, &cpu_backend, &c->config, 1, 1, NULL);
+    fill_params(&m, 91);
+    logits_after(c, m.params, 0, (int)field, here);
+    logits_after(c, m.params, 10000019, (int)field, far);
+    check_error(relative_error(far, here, V), 1e-5, "streaming, %s: 10 million bytes further on",
+                c->config.units);
+    model_free(&m);
+}
+
 // ---- Scoring ------------------------------------------------------------------------------------
 
 // A text cut into windows costs, byte by byte, what it costs in one pass.
@@ -776,6 +805,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < n_cases; i++)
         test_causality(i % 2 ? &cpu_backend : &plain_backend, &cases[i]);
     for (int i = 0; i < n_cases; i++) test_streaming(&cases[i]);
+    for (int i = 0; i < n_cases; i++) test_far_on(&cases[i]);
     for (int i = 0; i < n_cases; i++) test_scoring(&cases[i]);
     need(mkdtemp(folder) != NULL, "no folder for checkpoints");
     for (int i = 0; i < n_cases; i++)
