@@ -73,7 +73,7 @@ endif
 # The model and its CPU backends; then what the programs share; then the GPU.
 MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c support/units.c support/score.c \
 	support/stream.c $(wildcard mixers/*.c))
-CORE := $(MODEL) $(BUILD)/support/checkpoint.o $(BUILD)/support/output.o $(CUDA_OBJECTS)
+CORE := $(MODEL) $(patsubst %,$(BUILD)/support/%.o,checkpoint describe output) $(CUDA_OBJECTS)
 TESTS := test_gradcheck test_causality test_units test_model test_sample test_kernels
 PROGRAMS := train sample bench data/language
 

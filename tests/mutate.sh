@@ -59,7 +59,7 @@ source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1"; else echo "$1"; fi; 
 build() {
     model="model layers fast/cpu support/units support/score support/stream"
     for mixer in mixers/*.c; do model="$model ${mixer%.c}"; done
-    core="$model support/checkpoint support/output"
+    core="$model support/checkpoint support/describe support/output"
     source=$(source_of "$1")
     case $1 in
     test_gradcheck)
