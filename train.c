@@ -888,5 +888,6 @@ int main(int argc, char **argv) {
     }
     print_result(r);
     print_sample(r, r->best_params);
+    flush_stdout(&r->cli);
     return 0;
 }
