@@ -91,7 +91,7 @@ static void on_signal(int number) {
 }
 
 static void put(const void *bytes, size_t n) {
-    if (fwrite(bytes, 1, n, stdout) != n) stdout_failed(&cli);
+    if (n && fwrite(bytes, 1, n, stdout) != n) stdout_failed(&cli);  // bytes may be NULL then
 }
 
 static void flush(void) { flush_stdout(&cli); }
@@ -634,7 +634,7 @@ static void print_info(const char *model) {
     static const char *const expected[] = {"step", "held_out_nats_per_byte", "trained_on"};
     Checkpoint ck;
     Error e;
-    double weights, state;
+    double weights = 0, state = 0;
     if (checkpoint_open(&ck, model, &e) ||
         stream_memory(&ck.config, 1, &weights, &state, &e))
         stop(&e);

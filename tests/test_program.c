@@ -264,7 +264,7 @@ static void test_outputs(void) {
                   !S_ISREG(st.st_mode), "%s stays what it is, and --force is not offered", names[i]);
     }
     check(shell("exec 2>/dev/null; sleep 20 >pipe & k=$!; $S m.safetensors --latents big - <pipe 2>err & p=$!;"
-                "while ! ls big.* >/dev/null 2>&1; do sleep 0.01; done; kill $p; wait $p; s=$?;"
+                "while kill -0 $p && ! ls big.* >/dev/null; do sleep 0.01; done; kill $p; wait $p; s=$?;"
                 "kill $k; exit $s") == 128 + SIGTERM && entries("big") == 0,
           "a signal ends it and leaves nothing behind");
 }
