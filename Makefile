@@ -73,8 +73,10 @@ endif
 # The model and its CPU backends; then what the programs share; then the GPU.
 MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c fast/attention.c support/units.c support/score.c \
 	support/stream.c $(wildcard mixers/*.c))
-CORE := $(MODEL) $(BUILD)/support/checkpoint.o $(BUILD)/support/output.o $(CUDA_OBJECTS)
-TESTS := test_language test_gradcheck test_causality test_units test_model test_sample test_kernels
+CORE := $(MODEL) $(patsubst %,$(BUILD)/support/%.o,checkpoint describe heat output \
+	range_coder) $(CUDA_OBJECTS)
+TESTS := test_language test_gradcheck test_causality test_units test_model test_sample \
+	test_program test_kernels
 PROGRAMS := train sample bench data/language
 
 all: $(PROGRAMS) $(TESTS)
@@ -112,10 +114,10 @@ bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)
 sample test_causality: %: $(BUILD)/%.o $(CORE)
-test_language test_units test_model test_sample test_kernels: %: $(BUILD)/tests/%.o $(CORE)
+test_language test_units test_model test_sample test_program test_kernels: %: $(BUILD)/tests/%.o $(CORE)
 test_units: test_units_f64
 $(BUILD)/tests/test_language.o: data/language.c
-train sample test_causality test_language test_units test_model test_sample test_kernels:
+train sample test_causality test_language test_units test_model test_sample test_program test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
 data/language: data/language.c $(HEADERS) $(MODEL)
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)
@@ -144,16 +146,16 @@ shakespeare: train sample data/tinyshakespeare.txt
 	LINE_TITLE="nanoGPT, 10.7 M parameters"; fi
 
 data/tinyshakespeare.txt:
-	@set -e; trap 'rm -f $@.part' EXIT; \
+	@set -e; d=$$(mktemp -d $@.XXXXXX); trap 'rm -rf "$$d"' EXIT; \
 	url=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt; \
 	sum=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed; \
-	if command -v curl >/dev/null; then curl -fsSL "$$url" -o $@.part; \
-	else wget -qO $@.part "$$url"; fi || { echo "$@: the download from $$url failed; put the" \
+	if command -v curl >/dev/null; then curl -fsSL "$$url" -o $$d/text; \
+	else wget -qO $$d/text "$$url"; fi || { echo "$@: the download from $$url failed; put the" \
 	"file there by hand, or try make demo, which needs no network"; exit 1; }; \
-	if command -v sha256sum >/dev/null; then got=$$(sha256sum < $@.part); \
-	else got=$$(shasum -a 256 < $@.part); fi; \
+	if command -v sha256sum >/dev/null; then got=$$(sha256sum < $$d/text); \
+	else got=$$(shasum -a 256 < $$d/text); fi; \
 	[ "$${got%% *}" = $$sum ] || { echo "$@: got SHA-256 $${got%% *}, expected $$sum"; exit 1; }; \
-	mv $@.part $@
+	mv $$d/text $@
 
 # The loss curves of RUN (a folder), or with BENCH every table of ./bench --tsv > bench.tsv.
 RUN ?= out

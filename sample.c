@@ -2,7 +2,8 @@
 // stumbles, take its latents, compress a file with it. One byte at a time, on the CPU.
 //
 // Refuses: a model file that is damaged or of another program, an output that exists (without
-// --force), a compressed file of another model. Data goes to stdout, everything else to stderr.
+// --force) or is an input, a compressed file of another model. Data goes to stdout, all else to
+// stderr.
 // Read stream.h first. Run:  ./sample out/model.safetensors --prompt "The "      ./sample --help
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
@@ -12,15 +13,18 @@
 #endif
 
 #include "support/checkpoint.h"
+#include "support/describe.h"
+#include "support/heat.h"
 #include "support/options.h"
+#include "support/range_coder.h"
 #include "support/stream.h"
 
 typedef struct {
-    const char *prompt, *prompt_file, *score, *latents;
+    const char *prompt, *prompt_file, *stop, *score, *html, *latents;
     int64_t bytes, top_k, streams, threads;
     double temperature, top_p;
     uint64_t seed;
-    bool heat, compress, decompress, force;
+    bool heat, compress, decompress, info, force;
 } Options;
 
 static Options opt = {.bytes = 400, .streams = 1, .temperature = 0.8, .top_p = 1, .seed = 1};
@@ -33,6 +37,8 @@ static Option table[] = {
      .help = "the same from a file, - is standard input"},
     {.name = "bytes", .kind = OPT_INT, .value = &opt.bytes, .max = 1e15, .arg = "N",
      .help = "bytes to write after it, 0 = until stopped"},
+    {.name = "stop", .kind = OPT_TEXT, .value = &opt.stop, .arg = "TEXT",
+     .help = "end before TEXT; \\n, \\t and \\\\ are understood"},
     {.name = "temperature", .kind = OPT_REAL, .value = &opt.temperature, .max = 100, .arg = "X",
      .help = "below 1 plays safe, 0 takes the likeliest byte"},
     {.name = "top-k", .kind = OPT_INT, .value = &opt.top_k, .max = V, .arg = "K",
@@ -48,6 +54,8 @@ static Option table[] = {
      .help = "nats and bits per byte, perplexity"},
     {.name = "heat", .kind = OPT_FLAG, .value = &opt.heat,
      .help = "with --score: every byte by its surprise, in colour or as TSV"},
+    {.name = "html", .kind = OPT_TEXT, .value = &opt.html, .arg = "OUT.html",
+     .help = "with --score: the same as a page for a browser"},
     {.name = "latents", .kind = OPT_TEXT, .value = &opt.latents, .arg = "OUT.npy FILE",
      .help = "write z of every byte, float32 (bytes, D)"},
     {.kind = OPT_SECTION, .help = "compress a file with the model as the statistics"},
@@ -55,7 +63,9 @@ static Option table[] = {
      .help = "in about the bits that --score says"},
     {.name = "decompress", .kind = OPT_FLAG, .value = &opt.decompress, .arg = "IN OUT",
      .help = "same model, build and machine"},
-    {.kind = OPT_SECTION, .help = "in general"},
+    {.kind = OPT_SECTION, .help = "in general (an output - is standard output)"},
+    {.name = "info", .kind = OPT_FLAG, .value = &opt.info,
+     .help = "what the model is, and how it was trained"},
     {.name = "force", .kind = OPT_FLAG, .value = &opt.force, .help = "overwrite outputs"},
     {.name = "threads", .kind = OPT_INT, .value = &opt.threads, .max = 1024, .arg = "N",
      .help = "0 = all; the bits do not depend on it"},
@@ -63,7 +73,7 @@ static Option table[] = {
 
 static Cli cli = {
     .program = "sample",
-    .usage = "usage: ./sample MODEL.safetensors [options]",
+    .usage = "usage: ./sample MODEL [options]      MODEL: model.safetensors, or its folder",
     .about = "Writes text with a trained model, or measures or compresses a file with it.",
     .options = table,
     .n_options = sizeof table / sizeof *table,
@@ -80,22 +90,11 @@ static void on_signal(int number) {
     raise(number);
 }
 
-// Somebody who reads only the beginning (| head) is content: quietly done. SIGPIPE is ignored, so
-// the write fails with EPIPE instead.
-static void stdout_failed(void) {
-    if (errno == EPIPE) _exit(0);
-    Error e;
-    fail(&e, "cannot write to standard output: %s", strerror(errno));
-    die(&cli, &e);
-}
-
 static void put(const void *bytes, size_t n) {
-    if (fwrite(bytes, 1, n, stdout) != n) stdout_failed();
+    if (n && fwrite(bytes, 1, n, stdout) != n) stdout_failed(&cli);  // bytes may be NULL then
 }
 
-static void flush(void) {
-    if (fflush(stdout)) stdout_failed();
-}
+static void flush(void) { flush_stdout(&cli); }
 
 static void stop(const Error *e) {
     output_abandon(&output);
@@ -163,6 +162,72 @@ static void feed_prompt(Stream *s, const uint8_t *prompt, size_t n, real *logits
     }
 }
 
+// --stop: where this text comes up, generation ends.
+static struct {
+    uint8_t *text;
+    size_t n;        // 0: no such text
+    size_t *border;  // border[i]: the longest text that text[0..i-1] both begins and ends with
+} ending;
+
+// `held`: how many bytes of the ending the text ends with. The same after one more byte. (Knuth,
+// Morris and Pratt, "Fast Pattern Matching in Strings", 1977.)
+static size_t follow(size_t held, uint8_t byte) {
+    while (held > 0 && ending.text[held] != byte) held = ending.border[held];
+    return held + (ending.n > 0 && ending.text[held] == byte);
+}
+
+static void read_ending(const char *from) {
+    size_t most = strlen(from) + 1;
+    ending.text = calloc(most, 1);
+    ending.border = calloc(most + 1, sizeof *ending.border);
+    Error e;
+    if (!ending.text || !ending.border) stop((fail(&e, "out of memory"), &e));
+    for (; *from; from++) {
+        bool escape = *from == '\\';
+        if (escape && (!from[1] || !strchr("nt\\", from[1])))
+            usage_error(&cli, "--stop has '%.2s'%s, expected \\n, \\t or \\\\", from, "");
+        from += escape;
+        ending.text[ending.n++] = (uint8_t)(escape && *from == 'n'   ? '\n'
+                                            : escape && *from == 't' ? '\t' : *from);
+    }
+    if (ending.n == 0) usage_error(&cli, "--stop is empty, expected a text%s%s", "", "");
+    for (size_t i = 1; i < ending.n; i++)
+        ending.border[i + 1] = follow(ending.border[i], ending.text[i]);
+}
+
+// What one stream writes.
+typedef struct {
+    uint8_t *bytes;  // NULL: goes to standard output as it is made
+    size_t n, held;  // bytes, without the ending; how many of the last may be part of one
+    bool ended;
+} Text;
+
+static void add_byte(Text *t, uint8_t byte) {
+    size_t held = follow(t->held, byte), out = t->held + 1 - held;
+    if (t->bytes) {
+        t->bytes[t->n] = byte;
+    } else {  // what was held back is the ending's beginning; the byte follows where none is held
+        put(ending.text, out < t->held ? out : t->held);
+        put(&byte, out > t->held);
+        flush();
+    }
+    t->ended = ending.n && held == ending.n;
+    t->n = t->ended ? t->n + 1 - held : t->n + 1;
+    t->held = held;
+}
+
+// One more byte for each text that has not ended; how many have not.
+static int add_bytes(Stream *s, const Sampler *sampler, Text *texts, int *ids, const real *logits) {
+    int running = 0;
+    for (int j = 0; j < s->S; j++) {
+        if (texts[j].ended) continue;
+        ids[j] = stream_sample(s, sampler, logits + (size_t)j * V, j);
+        add_byte(&texts[j], (uint8_t)ids[j]);
+        running += !texts[j].ended;
+    }
+    return running;
+}
+
 // The first stream's text is printed as it is made, the others' when all are done.
 static void generate(const char *model) {
     Stream s;
@@ -170,38 +235,37 @@ static void generate(const char *model) {
                        .top_p = opt.top_p, .seed = opt.seed};
     Error e;
     uint8_t *prompt;
-    size_t n_prompt;
+    size_t n_prompt, total = 0, room = (size_t)opt.bytes;
     int S = (int)opt.streams, ids[MAX_STREAMS];
     static real logits[MAX_STREAMS * V];
+    static Text texts[MAX_STREAMS];
     open_model(&s, model, S);
     read_prompt(&prompt, &n_prompt);
-    uint8_t *texts = S > 1 ? malloc((size_t)S * (size_t)opt.bytes) : NULL;
-    if (S > 1 && !texts) stop((fail(&e, "out of memory for %d texts: fewer --bytes", S), &e));
+    uint8_t *space = S > 1 ? malloc((size_t)(S - 1) * room) : NULL;
+    if (S > 1 && !space) stop((fail(&e, "out of memory for %d texts: fewer --bytes", S), &e));
+    for (int j = 1; j < S; j++) texts[j].bytes = space + (size_t)(j - 1) * room;
     put(prompt, n_prompt);
     flush();
     feed_prompt(&s, prompt, n_prompt, logits);
     double start = now();
-    int64_t made = 0;
-    for (; opt.bytes == 0 || made < opt.bytes; made++) {
-        if (made > 0) stream_push(&s, ids, NULL, logits);
-        for (int j = 0; j < S; j++) {
-            ids[j] = stream_sample(&s, &sampler, logits + (size_t)j * V, j);
-            if (texts) texts[(size_t)j * (size_t)opt.bytes + (size_t)made] = (uint8_t)ids[j];
-        }
-        uint8_t byte = (uint8_t)ids[0];
-        put(&byte, 1);
-        flush();
+    int running = add_bytes(&s, &sampler, texts, ids, logits);
+    for (int64_t made = 1; running && (opt.bytes == 0 || made < opt.bytes); made++) {
+        stream_push(&s, ids, NULL, logits);
+        running = add_bytes(&s, &sampler, texts, ids, logits);
     }
     double seconds = now() - start;
-    for (int j = 1; j < S; j++) {
+    if (!texts[0].ended) put(ending.text, texts[0].held);
+    flush();
+    for (int j = 0; j < S; j++) {
+        total += texts[j].n;
+        if (j == 0) continue;
         fprintf(stderr, "\n--- text %d of %d\n", j + 1, S);
         put(prompt, n_prompt);
-        put(texts + (size_t)j * (size_t)opt.bytes, (size_t)opt.bytes);
+        put(texts[j].bytes, texts[j].n);
         flush();
     }
-    fprintf(stderr, "\n%lld bytes, %.0f bytes/s\n", (long long)made * S,
-            (double)(made * S) / seconds);
-    free(texts);
+    fprintf(stderr, "\n%zu bytes, %.0f bytes/s\n", total, (double)total / seconds);
+    free(space);
     free(prompt);
     stream_free(&s);
 }
@@ -241,14 +305,23 @@ static void open_windows(Windows *w, const Stream *s, bool latents) {
     w->segment = 16 * w->context > 1024 ? 16 * w->context : 1024;
     if (latents && w->segment > most) w->segment = most ? most : 1;
     size_t outputs = w->context + S * w->segment;
+    double need = (double)outputs * (1 + sizeof(real) * (latents ? 1. + (double)D : 1.));
+    double weights, rings, there = (double)cpu_backend.available();
+    Error e;
+    // The rings grow into their memory, so that it still counts as free.
+    if (stream_memory(&s->table.config, s->capacity, &weights, &rings, &e)) stop(&e);
+    if (need + rings > there)
+        stop((fail(&e, "the model sees %zu bytes: windows of it need %.3g GB of memory beside %.3g "
+                       "GB for what the units keep of the past, and %.3g GB are free",
+                   w->context + 1, need / 1e9, rings / 1e9, there / 1e9), &e));
     w->bytes = malloc(outputs + 1);
     w->losses = malloc(outputs * sizeof(real));
     w->logits = malloc(S * V * sizeof(real));
     w->z = malloc(S * D * sizeof(real));
     if (latents) w->latents = malloc(outputs * D * sizeof(real));
-    Error e;
     if (!w->bytes || !w->losses || !w->logits || !w->z || (latents && !w->latents))
-        stop((fail(&e, "out of memory for windows of %zu bytes", w->context + w->segment), &e));
+        stop((fail(&e, "out of memory for windows of %zu bytes: %.3g GB", w->context + w->segment,
+                   need / 1e9), &e));
 }
 
 // All outputs of the windows in hand. `skip`: outputs of the first window that are not wanted.
@@ -325,56 +398,57 @@ static uint64_t scan(Stream *s, const char *path, bool latents, Visit visit, voi
 
 typedef struct {
     double nats;
-    bool heat, colour;
+    bool colour;  // of --heat
+    HeatPage page;
 } Score;
 
-// One byte, coloured from white over yellow to red by its surprise; characters stay whole.
-static void paint(uint8_t byte, double bits) {
-    static const int colours[] = {15, 230, 229, 228, 221, 214, 208, 202, 196};
-    bool inside = (byte & 0xC0) == 0x80, line = byte == '\n';
-    char text[40];
-    int step = bits < 0 ? 0 : bits > 8 ? 8 : (int)bits;
-    int n = inside ? 0 : snprintf(text, sizeof text, "\033[38;5;%dm", colours[step]);
-    text[n++] = (byte < ' ' && !line) || byte == 127 ? '?' : (char)byte;
-    if (line) n += snprintf(text + n, sizeof text - (size_t)n, "\033[0m");
-    put(text, (size_t)n);
-}
-
-static void show(const Score *score, uint64_t offset, uint8_t byte, double nats) {
+static void show(Score *score, uint64_t offset, uint8_t byte, double nats) {
     double bits = nats / log(2);
-    char row[64];
-    if (score->heat && score->colour) paint(byte, bits);
-    if (score->heat && !score->colour)
+    char row[64], text[HEAT_TEXT];
+    score->nats += nats;
+    if (opt.html) heat_page_byte(&score->page, byte, bits);
+    if (opt.heat && score->colour) put(text, (size_t)heat_terminal(text, byte, bits));
+    if (opt.heat && !score->colour)
         put(row, (size_t)snprintf(row, sizeof row, "%llu\t%d\t%.4f\n", (unsigned long long)offset,
                                   byte, bits));
+}
+
+// Stops rather now than after hours.
+static void check_output(void) {
+    Error e;
+    if (output.file && ferror(output.file)) stop((output_failed(&output, errno, &e), &e));
 }
 
 // The first byte of a file has no context: one of 256, ln 256 nats.
 static void visit_score(void *arg, const Part *part) {
     Score *score = arg;
-    if (part->first == 0) {
-        score->nats += log(V);
-        show(score, 0, part->bytes[0], log(V));
-    }
-    for (size_t i = 0; i < part->scored; i++) {
-        score->nats += part->losses[i];
-        if (score->heat) show(score, part->first + i + 1, part->bytes[i + 1], part->losses[i]);
-    }
+    if (part->first == 0) show(score, 0, part->bytes[0], log(V));
+    for (size_t i = 0; i < part->scored; i++)
+        show(score, part->first + i + 1, part->bytes[i + 1], part->losses[i]);
+    check_output();
 }
 
 static void score_file(const char *model) {
     Stream s;
-    Score score = {.heat = opt.heat, .colour = isatty(1) && !getenv("NO_COLOR")};
-    static const char head[] = "offset\tbyte\tbits\n";
-    open_model(&s, model, 0);
-    if (score.heat && !score.colour) put(head, sizeof head - 1);
-    uint64_t n = scan(&s, opt.score, false, visit_score, &score);
     Error e;
+    Score score = {.colour = isatty(1) && !getenv("NO_COLOR")};
+    static const char head[] = "offset\tbyte\tbits\n";
+    bool standard = strcmp(opt.score, "-") == 0;
+    open_model(&s, model, 0);
+    if (opt.html && output_open(&output, opt.html, opt.force, &e)) stop(&e);
+    if (opt.html)
+        heat_page_begin(&score.page, output.file, standard ? "standard input" : opt.score);
+    if (opt.heat && !score.colour) put(head, sizeof head - 1);
+    uint64_t n = scan(&s, opt.score, false, visit_score, &score);
     if (n == 0) stop((fail(&e, "%.200s is empty: there is nothing to score", opt.score), &e));
-    if (score.heat && score.colour) put("\033[0m\n", 5);
+    if (opt.heat && score.colour) put("\033[0m\n", 5);
     flush();
     double nats = score.nats / (double)n;
-    fprintf(score.heat ? stderr : stdout,
+    if (opt.html && heat_page_end(&score.page, nats, n))
+        stop((output_failed(&output, errno, &e), &e));
+    if (opt.html && output_commit(&output, &e)) stop(&e);
+    // Standard output holds one thing: what was asked for by --heat or --html -, or the score.
+    fprintf(opt.heat || (opt.html && output_is_standard(opt.html)) ? stderr : stdout,
             "%.6f nats/byte  %.6f bits/byte  perplexity %.4f  %llu bytes\n", nats, nats / log(2),
             exp(nats), (unsigned long long)n);
     flush();
@@ -408,9 +482,7 @@ static void visit_latents(void *arg, const Part *part) {
                                   (uint8_t)(bits >> 24)};
         fwrite(bytes, 1, 4, output.file);
     }
-    Error e;
-    if (ferror(output.file))  // now rather than after hours
-        stop((fail(&e, "cannot write %.200s: %s", output.path, strerror(errno)), &e));
+    check_output();
 }
 
 static void write_latents(const char *model, const char *in) {
@@ -420,7 +492,8 @@ static void write_latents(const char *model, const char *in) {
     if (output_open(&output, opt.latents, opt.force, &e)) stop(&e);
     write_npy_header(output.file, 0, s.table.config.latent);
     uint64_t n = scan(&s, in, true, visit_latents, &s);
-    rewind(output.file);  // the number of rows is known only now
+    // The number of rows is known only now. (rewind would forget an error.)
+    if (fseek(output.file, 0, SEEK_SET)) stop((output_failed(&output, errno, &e), &e));
     write_npy_header(output.file, n, s.table.config.latent);
     if (output_commit(&output, &e)) stop(&e);
     fprintf(stderr, "%s: (%llu, %d) float32\n", opt.latents, (unsigned long long)n,
@@ -428,91 +501,11 @@ static void write_latents(const char *model, const char *in) {
     stream_free(&s);
 }
 
-// ---- Compress -----------------------------------------------------------------------------------
+// ---- Compress: 32 bytes of head, and the code of range_coder.h ----------------------------------
 //
-// A range coder narrows an interval of whole numbers, byte after byte, to the part that the model
-// gives the byte: n bits of surprise cost n bits. The decoder makes the same distributions from the
-// bytes it has already, so a model that saw even one byte ahead could not be decoded. After
-// Schindler and Subbotin: when the top bytes of both ends agree they are written; when the interval
-// gets too small while they differ, it is cut off at the boundary.
-//
-//   32 bytes: "FZT1", model, arithmetic, length, checksum of the content, checksum of these | code
+//   "FZT1", model, arithmetic, length, checksum of the content, checksum of these | code
 
-enum { HEAD = 32, SCALE = 1 << 24 };
-#define TOP ((uint64_t)1 << 56)
-#define BOTTOM ((uint64_t)1 << 48)
-
-typedef struct {
-    uint64_t low, range, code;  // code: the decoder's next 64 bits
-    FILE *out;                  // of the encoder
-    const uint8_t *in;          // of the decoder
-    size_t left;
-    bool cut_off;  // it wanted more than there is
-} Coder;
-
-static uint8_t next_byte(Coder *c) {
-    if (c->left == 0) c->cut_off = true;
-    if (c->cut_off) return 0;
-    c->left--;
-    return *c->in++;
-}
-
-// Narrows the interval to [from, from + freq) of total.
-static void narrow(Coder *c, uint32_t from, uint32_t freq, uint32_t total) {
-    c->range /= total;
-    c->low += from * c->range;
-    c->range *= freq;
-    for (;;) {
-        if ((c->low ^ (c->low + c->range)) >= TOP) {
-            if (c->range >= BOTTOM) break;
-            c->range = (0 - c->low) & (BOTTOM - 1);
-        }
-        if (c->out) fputc((int)(c->low >> 56), c->out);
-        if (c->in) c->code = c->code << 8 | next_byte(c);
-        c->low <<= 8;
-        c->range <<= 8;
-    }
-}
-
-static void encode_byte(Coder *c, const uint32_t *freq, uint32_t total, int byte) {
-    uint32_t from = 0;
-    for (int v = 0; v < byte; v++) from += freq[v];
-    narrow(c, from, freq[byte], total);
-}
-
-// -1: no byte has this code, so the file is damaged.
-static int decode_byte(Coder *c, const uint32_t *freq, uint32_t total) {
-    uint64_t at = (c->code - c->low) / (c->range / total);
-    uint32_t from = 0;
-    int byte = 0;
-    if (at >= total) return -1;
-    while (at >= from + freq[byte]) from += freq[byte++];
-    narrow(c, from, freq[byte], total);
-    return byte;
-}
-
-// The model's distribution in whole numbers. None is 0, so that any byte can be coded.
-static uint32_t frequencies(uint32_t freq[V], const real *logits, float cap) {
-    double p[V], top = -INFINITY, sum = 0;
-    uint32_t total = 0;
-    for (int v = 0; v < V; v++) {
-        p[v] = cap > 0 ? (double)cap * tanh((double)logits[v] / cap) : (double)logits[v];
-        if (p[v] > top) top = p[v];
-    }
-    for (int v = 0; v < V; v++) sum += p[v] = exp(p[v] - top);
-    for (int v = 0; v < V; v++) {
-        double share = p[v] / sum;
-        freq[v] = 1 + (share <= 1 ? (uint32_t)(share * SCALE) : 0);  // a NaN counts as 0
-        total += freq[v];
-    }
-    return total;
-}
-
-// The distribution before the first byte: there is no context, so all are alike.
-static uint32_t no_context(uint32_t freq[V]) {
-    for (int v = 0; v < V; v++) freq[v] = 1;
-    return V;
-}
+enum { HEAD = 32 };
 
 static uint32_t after(Stream *s, int byte, uint32_t freq[V]) {
     static real logits[V];
@@ -629,36 +622,98 @@ static void decompress(const char *model, const char *in, const char *out) {
 
 // ---- The program --------------------------------------------------------------------------------
 
+// Text from a file as one line that cannot drive the terminal.
+static void print_clean(const char *text, int width) {
+    int n = 0;
+    for (; text[n]; n++) putchar((unsigned char)text[n] < ' ' || text[n] == 127 ? '?' : text[n]);
+    printf("%*s", n < width ? width - n : 0, "");
+}
+
+// What the file says of the model, and everything that was noted when it was saved.
+static void print_info(const char *model) {
+    static const char *const expected[] = {"step", "held_out_nats_per_byte", "trained_on"};
+    Checkpoint ck;
+    Error e;
+    double weights = 0, state = 0;
+    if (checkpoint_open(&ck, model, &e) ||
+        stream_memory(&ck.config, 1, &weights, &state, &e))
+        stop(&e);
+    print_layers(stdout, &ck.table);
+    printf("%zu parameters, receptive field %lld bytes\n%.2f MB of memory to sample: %.2f for "
+           "weights, %.2f for what the units keep of the past\n", ck.n_params,
+           (long long)config_receptive_field(&ck.config), (weights + state) / 1e6, weights / 1e6,
+           state / 1e6);
+    for (int i = 0; i < ck.n_pairs; i++) {
+        if (checkpoint_own_key(ck.pairs[i].key)) continue;
+        print_clean(ck.pairs[i].key, 24);
+        printf(" ");
+        print_clean(ck.pairs[i].value, 0);
+        printf("\n");
+    }
+    for (int i = 0; i < 3; i++)
+        if (!checkpoint_get(&ck, expected[i]))
+            printf("%-24s (the file does not say)\n", expected[i]);
+    flush();
+    checkpoint_close(&ck);
+}
+
 static void check_usage(void) {
-    int modes = (opt.score != NULL) + (opt.latents != NULL) + opt.compress + opt.decompress;
+    int modes = (opt.score != NULL) + (opt.latents != NULL) + opt.compress + opt.decompress +
+                opt.info;
     int expected = 1 + (opt.latents ? 1 : opt.compress || opt.decompress ? 2 : 0);
     if (modes > 1)
-        usage_error(&cli, "choose one of --score, --latents, --compress, --decompress%s%s", "", "");
+        usage_error(&cli, "choose one of --score, --latents, --compress, --decompress, --info%s%s",
+                    "", "");
     if (cli.n_files == 0) usage_error(&cli, "no model file%s%s", "", "");
     if (cli.n_files < expected)
         usage_error(&cli, "%s needs %s", opt.latents ? "--latents" : "(de)compressing",
                     opt.latents ? "OUT.npy FILE" : "IN OUT");
     if (cli.n_files > expected)
         usage_error(&cli, "one argument too many: %s%s", cli.files[expected], "");
-    if (opt.heat && !opt.score) usage_error(&cli, "--heat goes with --score FILE%s%s", "", "");
+    if ((opt.heat || opt.html) && !opt.score)
+        usage_error(&cli, "%s goes with --score FILE%s", opt.heat ? "--heat" : "--html", "");
     if (opt.prompt && opt.prompt_file)
         usage_error(&cli, "choose one of --prompt and --prompt-file%s%s", "", "");
     if (opt.streams > 1 && opt.bytes == 0)
         usage_error(&cli, "--streams needs --bytes: the texts are printed one after the other%s%s",
                     "", "");
+    if (opt.stop) read_ending(opt.stop);
+}
+
+// A folder stands for the model in it.
+static const char *model_in(const char *path) {
+    static char inside[4096];
+    struct stat st;
+    if (stat(path, &st) || !S_ISDIR(st.st_mode)) return path;
+    snprintf(inside, sizeof inside, "%s/model.safetensors", path);
+    return inside;
+}
+
+// No output may be one of the inputs, which it would destroy or grow while it is read.
+static void check_outputs(const char *model) {
+    const char *in = opt.score ? opt.score : cli.files[1];
+    const char *outs[] = {opt.latents ? opt.latents : opt.compress || opt.decompress ? cli.files[2]
+                          : opt.html, opt.heat ? "-" : NULL};
+    Error e;
+    for (int i = 0; i < 2; i++)
+        if (outs[i] && (output_differs(outs[i], in, &e) || output_differs(outs[i], model, &e)))
+            stop(&e);
 }
 
 int main(int argc, char **argv) {
+    signal(SIGPIPE, SIG_IGN);  // a write then fails with EPIPE, see stdout_failed
     parse_options(&cli, argc, argv);
     check_usage();
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
-    signal(SIGPIPE, SIG_IGN);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
-    const char *model = cli.files[0];
-    if (opt.score)
+    const char *model = model_in(cli.files[0]);
+    check_outputs(model);
+    if (opt.info)
+        print_info(model);
+    else if (opt.score)
         score_file(model);
     else if (opt.latents)
         write_latents(model, cli.files[1]);

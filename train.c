@@ -11,6 +11,7 @@
 
 #include "data/language.h"
 #include "support/checkpoint.h"
+#include "support/describe.h"
 #include "support/options.h"
 #include "support/stream.h"
 
@@ -640,78 +641,14 @@ static int open_models(Run *r, Error *e) {
     return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
 }
 
-// name (a,b,c) decayed
-static void print_tensor(const Tensor *t) {
-    fprintf(stderr, "  %-28s (%d", t->name, t->dims[0]);
-    for (int j = 1; j < t->ndim; j++) fprintf(stderr, ",%d", t->dims[j]);
-    fprintf(stderr, ")%s\n", t->decay ? " decayed" : "");
-}
-
-// " (K,C,O)" and, where that is not the tensor backend's fastest kernel, which one runs it.
-static void print_matrix(const Model *m, const Tensor *t) {
-    int K = t->ndim == 3 ? t->dims[0] : 1, C = t->dims[t->ndim - 2], O = t->dims[t->ndim - 1];
-    fprintf(stderr, " (");
-    if (t->ndim == 3) fprintf(stderr, "%d,", K);
-    fprintf(stderr, "%d,%d)", C, O);
-    if (strcmp(m->backend->name, "tensor") != 0) return;
-    const char *rung = tensor_rung((ConvShape){m->B, m->T, C, O, K, t->dil});
-    if (strcmp(rung, "wgmma") != 0) fprintf(stderr, " by %s", rung);
-}
-
-// One line: a unit's text, formula, matrices, parameters and reach; times: how many stand in a row.
-static void print_unit(const Model *m, const Unit *u, int times) {
-    char text[256], own[32], row[32] = "";
-    size_t params = 0;
-    int n = snprintf(own, sizeof own, "units.%d.", u->index);
-    if (times > 1) snprintf(row, sizeof row, "%dx ", times);
-    fprintf(stderr, "  %s%-14s %-26s", row, unit_text(u, m->config.activation, text, sizeof text),
-            u->mixer->formula);
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        if (strncmp(t->name, own, (size_t)n) != 0) continue;
-        params += t->size;
-        if (t->ndim > 1) print_matrix(m, t);
-    }
-    fprintf(stderr, "  %zu parameters, reaches %lld back\n", params,
-            (long long)u->mixer->reach(u));
-}
-
-// How often the `period` units from u on repeat themselves, at least 1.
-static int repeats(const Model *m, int u, int period) {
-    int end = u + period;
-    while (end < m->U && unit_same(&m->units[end], &m->units[end - period])) end++;
-    return (end - u) / period;
-}
-
-// The stack, what is repeated once: at every place the period that covers most.
-static void print_stack(const Model *m) {
-    for (int u = 0; u < m->U;) {
-        int best = 1, times = repeats(m, u, 1);
-        for (int period = 2; period <= 16 && u + period <= m->U; period++) {
-            int n = repeats(m, u, period);
-            if (n > 1 && n * period > times * best) best = period, times = n;
-        }
-        if (times > 1) fprintf(stderr, "%d times:\n", times);
-        for (int i = 0, n; i < best; i += n) {
-            for (n = 1; i + n < best && unit_same(&m->units[u + i], &m->units[u + i + n]);) n++;
-            print_unit(m, &m->units[u + i], n);
-        }
-        u += best * times;
-    }
-}
-
 // What will be trained, on what, and the memory it takes: on standard error, samples go to output.
 static void print_plan(const Run *r) {
     const Model *m = &r->model;
     char name[128];
     fprintf(stderr, "fuzzytok.c on %s, %s backend, %d threads\n", machine_name(name, sizeof name),
             r->backend->name, threads_in_use());
-    fprintf(stderr, "bytes -> LayerNorm(Embedding (%d,%d)) ->\n", V, m->config.channels);
-    print_stack(m);
-    fprintf(stderr, m->config.tie ? "-> LayerNorm = latents (%d) -> the embedding, transposed\n"
-                                  : "-> LayerNorm -> Linear = latents (%d) -> Linear\n",
-            m->config.latent);
-    for (int i = 0; i < m->n_tensors && opt.tensors; i++) print_tensor(&m->tensors[i]);
+    print_layers(stderr, m);
+    for (int i = 0; i < m->n_tensors && opt.tensors; i++) print_tensor(stderr, &m->tensors[i]);
     fprintf(stderr, "%zu parameters, receptive field %lld bytes\n", m->n_params,
             (long long)config_receptive_field(&r->config));
     for (int i = 0; i < m->n_memory; i++)
@@ -952,5 +889,6 @@ int main(int argc, char **argv) {
     }
     print_result(r);
     print_sample(r, r->best_params);
+    flush_stdout(&r->cli);
     return 0;
 }

@@ -8,6 +8,12 @@
 #ifndef BACKEND_H
 #define BACKEND_H
 
+// Clang sets the last of these for -ffinite-math-only alone, as gcc does.
+#if defined __FAST_MATH__ || defined __ASSOCIATIVE_MATH__ || \
+    (defined __FINITE_MATH_ONLY__ && __FINITE_MATH_ONLY__ > 0)
+#error "-Ofast and -ffast-math remove the tests for NaN and reorder sums: build with -O3 instead"
+#endif
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -93,8 +93,7 @@ static void full_name(char name[MAX_NAME + 1], const char *role, const char *ten
     snprintf(name, MAX_NAME + 1, "%.15s%s%.100s", role, *role ? "/" : "", tensor);
 }
 
-// Bytes of the UTF-8 character at p, 1 to 4; 0 if there is none (overlong, a surrogate, cut off).
-static int utf8_length(const uint8_t *p, const uint8_t *end) {
+int utf8_length(const uint8_t *p, const uint8_t *end) {
     if (p[0] < 0x80) return 1;
     int n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
     // 80..BF continue a character, C0 and C1 would begin overlong ones, F5.. lie beyond U+10FFFF.
@@ -768,6 +767,15 @@ const char *checkpoint_get(const Checkpoint *ck, const char *key) {
     for (int i = 0; i < ck->n_pairs; i++)
         if (strcmp(ck->pairs[i].key, key) == 0) return ck->pairs[i].value;
     return NULL;
+}
+
+bool checkpoint_own_key(const char *key) {
+    static const char *const others[] = {"format", "model", "version", "roles", "checksum"};
+    for (int i = 0; i < 5; i++)
+        if (strcmp(others[i], key) == 0) return true;
+    for (int i = 0; i < CONFIG_KEYS; i++)
+        if (strcmp(config_keys[i], key) == 0) return true;
+    return false;
 }
 
 bool checkpoint_has_role(const Checkpoint *ck, const char *role) {

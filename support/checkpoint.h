@@ -80,6 +80,8 @@ int checkpoint_open(Checkpoint *ck, const char *path, Error *e);
 int checkpoint_parse(Checkpoint *ck, const char *name, const void *bytes, size_t size, Error *e);
 // The metadata under a key, or NULL. Lives until checkpoint_close.
 const char *checkpoint_get(const Checkpoint *ck, const char *key);
+// Whether a key is the file's own: not one of the pairs that checkpoint_save was given.
+bool checkpoint_own_key(const char *key);
 bool checkpoint_has_role(const Checkpoint *ck, const char *role);
 // 0 if the file's configuration is c, otherwise -1 with every difference.
 int checkpoint_match(const Checkpoint *ck, const Config *c, Error *e);
@@ -93,6 +95,9 @@ void checkpoint_close(Checkpoint *ck);
 // failure nothing is left allocated. A state file is refused with a hint.
 int checkpoint_load_model(Model *m, const char *path, const Backend *backend, int B, int T,
                           Error *e);
+
+// Bytes of the UTF-8 character at p, 1 to 4; 0 if there is none (overlong, a surrogate, cut off).
+int utf8_length(const uint8_t *p, const uint8_t *end);
 
 #ifdef __cplusplus
 }

@@ -6,6 +6,7 @@
 #ifndef OPTIONS_H
 #define OPTIONS_H
 
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -75,6 +76,21 @@ static inline void die(const Cli *cli, const Error *e) {
     exit(1);
 }
 
+// A write to standard output failed: one line, status 1. Somebody who reads only the beginning
+// (| head) is content, so with EPIPE quietly and status 0, also where a shell has set pipefail.
+static inline void stdout_failed(const Cli *cli) {
+    Error e;
+    if (errno == EPIPE) _exit(0);
+    fail(&e, "cannot write to standard output: %s", errno ? strerror(errno) : "the disk is full or failing");
+    die(cli, &e);
+}
+
+// To be called after the last line on standard output, which may still be in memory.
+static inline void flush_stdout(const Cli *cli) {
+    errno = 0;
+    if (fflush(stdout) || ferror(stdout)) stdout_failed(cli);
+}
+
 // The value of o as the user would type it; of a flag yes or no.
 static inline const char *option_text(const Option *o, char *buffer, size_t size) {
     buffer[0] = 0;
@@ -133,13 +149,14 @@ static inline void print_help(const Cli *cli) {
     printf("  %-24s %s\n", "--help", "this text");
 }
 
-// One number, all of text, within o's range.
+// One number, all of text, within o's range. (strtod and strtoll would skip leading blanks.)
 static inline double parse_number(const Cli *cli, const Option *o, const char *text) {
     char expected[160], *end;
     bool fraction = o->kind == OPT_REAL;
     errno = 0;
     double x = fraction ? strtod(text, &end) : (double)strtoll(text, &end, 10);
-    if (end == text || errno || *end || !(x >= o->min && x <= o->max)) {
+    bool lead = isspace((unsigned char)*text) || *text == '+';
+    if (lead || end == text || errno || *end || !(x >= o->min && x <= o->max)) {
         snprintf(expected, sizeof expected, "'%.60s', expected %s from %.15g to %.15g", text,
                  fraction ? "a number" : "a whole number", o->min, o->max);
         usage_error(cli, "--%s is %s", o->name, expected);
@@ -159,7 +176,7 @@ static inline void parse_value(const Cli *cli, Option *o, const char *text) {
         case OPT_SEED:
             errno = 0;
             *(uint64_t *)o->value = strtoull(text, &end, 10);
-            if (end == text || *end || errno || *text == '-')
+            if (*text < '0' || *text > '9' || *end || errno)
                 usage_error(cli, "--%s is '%s', expected a whole number from 0 to 2^64-1", o->name,
                             text);
             break;
@@ -200,6 +217,35 @@ static inline Option *find_named(const Cli *cli, const char *name, size_t length
     return o && o->kind == OPT_FLAG ? o : NULL;
 }
 
+// How many letters a must change, gain or lose to become b, at most `most`; else more than that.
+static inline int edits(const char *a, size_t n, const char *b, int most) {
+    if (n == 0 || *b == 0) return (int)(n + strlen(b));
+    if (*a == *b) return edits(a + 1, n - 1, b + 1, most);
+    if (most == 0) return 1;
+    int change = edits(a + 1, n - 1, b + 1, most - 1), lose = edits(a + 1, n - 1, b, most - 1),
+        gain = edits(a, n, b + 1, most - 1), least = change < lose ? change : lose;
+    return 1 + (gain < least ? gain : least);
+}
+
+// No option has this name. Says which one was meant, if one alone is within two letters of it, and
+// within a third of its length.
+static inline void unknown_option(const Cli *cli, const char *arg, const char *name, size_t n) {
+    const char *best = NULL;
+    char hint[80] = "";
+    int least = n / 3 < 2 ? (int)(n / 3) + 1 : 3;
+    for (int i = 0; i < cli->n_options; i++) {
+        const Option *o = &cli->options[i];
+        if (o->kind == OPT_SECTION) continue;
+        int far = edits(name, n, o->name, 2);
+        if (far < least)
+            best = o->name, least = far;
+        else if (far == least)
+            best = NULL;
+    }
+    if (best) snprintf(hint, sizeof hint, " (did you mean --%.40s?)", best);
+    usage_error(cli, "unknown option %s%s", arg, hint);
+}
+
 // --name VALUE and --name=VALUE, --flag and --no-flag; `--` ends the options; a lone `-` is a file
 // (standard input).
 static inline void parse_options(Cli *cli, int argc, char **argv) {
@@ -218,13 +264,14 @@ static inline void parse_options(Cli *cli, int argc, char **argv) {
         }
         if (strcmp(arg, "--help") == 0 || strcmp(arg, "-h") == 0) {
             print_help(cli);
+            flush_stdout(cli);
             exit(0);
         }
         const char *name = arg + 2, *equals = strchr(arg, '=');
         size_t length = equals ? (size_t)(equals - name) : strlen(arg) - 2;
         bool on;
         Option *o = arg[1] == '-' ? find_named(cli, name, length, &on) : NULL;
-        if (!o) usage_error(cli, "unknown option %s%s", arg, "");
+        if (!o) unknown_option(cli, arg, name, arg[1] == '-' ? length : 0);
         if (o->given) usage_error(cli, "--%s is given twice%s", o->name, "");
         o->given = true;
         if (o->kind == OPT_FLAG) {
@@ -297,10 +344,10 @@ static inline int choose_backend(const Backend **backend, const char *device, co
                    : 0;
     }
     for (int i = 0; i < n && !known; i++) known = strcmp(kernels, names[i]) == 0;
-    if (!known && n) {
+    if (!known) {
         char list[128];
-        return fail(e, "no kernels named '%.40s', expected one of: %s", kernels,
-                    kernel_names(list, sizeof list));
+        return fail(e, "no kernels named '%.40s'%s, expected one of: %s", kernels,
+                    n ? "" : " in this build without CUDA", kernel_names(list, sizeof list));
     }
     if (on_cpu) return kernels ? fail(e, "--kernels %s is for --device cuda", kernels) : 0;
     const Backend *gpu = gpu_backend(kernels ? kernels : n ? names[n - 1] : "tiled", e);

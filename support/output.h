@@ -10,14 +10,21 @@
 extern "C" {
 #endif
 
-// An output under its temporary name, PATH.tmp in the same folder. SIGKILL at any moment leaves
-// the file of before or the new one; a PATH.tmp that it leaves behind is replaced by the next run.
+// An output under a temporary name of its own, PATH.PID-N.tmp, in the folder of the file. SIGKILL
+// at any moment leaves the file of before or the new one, and perhaps the temporary one beside it.
+// Where PATH is a link to a file, the link stays and the file gets the new content.
 typedef struct {
-    FILE *file;  // to be written and sought by its owner
-    char *path, *temporary;
+    FILE *file;              // to be written and sought by its owner
+    char *path, *temporary;  // path NULL: standard output. temporary NULL: not there (any more)
 } Output;
 
-// Begins an output. Without `replace` a path that exists is refused.
+// "-" and "/dev/stdout".
+bool output_is_standard(const char *path);
+// Refuses an output that is one of the program's own inputs, also by another name or link: -1.
+// "-" as `in` is standard input.
+int output_differs(const char *path, const char *in, Error *e);
+// Begins an output. Without `replace` a path that exists is refused; a folder, a device or a pipe
+// always is. Standard output is written by output_commit, so that it is whole or empty, too.
 int output_open(Output *out, const char *path, bool replace, Error *e);
 // Flush, fsync, rename over the path, fsync the folder. On failure (a full disk) the temporary file
 // is removed and what was at the path stays as it was. Either way `out` is closed.

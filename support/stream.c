@@ -124,18 +124,25 @@ static void place_all(Stream *s) {
     s->h = stream_state(s, 1, C);
     s->z = stream_state(s, 1, wide);
     s->pre = stream_state(s, 1, wide);
-    s->zero_row = piece(&s->state_pieces, (size_t)wide, 1, 1);  // aligned() has zeroed it
+    real *zeros = piece(&s->state_pieces, (size_t)wide, 1, 1);
+    if (zeros) memset(zeros, 0, (size_t)wide * sizeof *zeros);
+    s->zero_row = zeros;
 }
 
+// Left unwritten: the system gives memory to what is written, so rings take as much as the text is
+// long, and no row of a ring is read before it is written.
 static real *aligned(size_t n) {
-    real *p = n <= SIZE_MAX / sizeof *p - 1 ? aligned_alloc(64, n * sizeof *p) : NULL;
-    if (p) memset(p, 0, n * sizeof *p);
-    return p;
+    return n <= SIZE_MAX / sizeof(real) - 1 ? aligned_alloc(64, n * sizeof(real)) : NULL;
 }
 
-// Counts, allocates and fills, in this order.
-static int build(Stream *s, Error *e) {
+// Lists tensors and units, and counts what all of them need.
+static int count(Stream *s, Error *e) {
     const Model *m = &s->table;
+    if (config_check(&m->config, e)) return -1;
+    if (s->capacity < 1 || s->capacity > MAX_STREAMS)
+        return fail(e, "%d streams, expected 1 to %d", s->capacity, MAX_STREAMS);
+    // Its table of tensors alone says where in params each begins; no memory for parameters.
+    if (model_describe(&s->table, e)) return -1;
     s->units = calloc((size_t)m->U, sizeof *s->units);
     if (!s->units) return fail(e, "out of memory");
     for (int i = 0; i < m->U; i++) {
@@ -144,21 +151,25 @@ static int build(Stream *s, Error *e) {
         if (!s->units[i].data) return fail(e, "out of memory");
     }
     place_all(s);
-    size_t rows = s->n_rows * (size_t)s->capacity;
-    double need = s->weight_pieces.bytes + s->state_pieces.bytes +
-                  (double)rows * sizeof *s->row_space;
+    s->state_pieces.bytes += (double)s->n_rows * s->capacity * sizeof *s->row_space;
+    return 0;
+}
+
+// Allocates what count() found and fills it.
+static int build(Stream *s, Error *e) {
+    double weights = s->weight_pieces.bytes, state = s->state_pieces.bytes;
     double there = (double)cpu_backend.available();
-    if (need <= there) {
+    if (weights + state <= there) {
         s->weights = s->weight_pieces.base = aligned(s->weight_pieces.used);
         s->state = s->state_pieces.base = aligned(s->state_pieces.used);
-        s->row_space = calloc(rows, sizeof *s->row_space);
+        s->row_space = calloc(s->n_rows * (size_t)s->capacity, sizeof *s->row_space);
         s->taps = calloc((size_t)s->n_taps + 1, sizeof *s->taps);
     }
     if (!s->weights || !s->state || !s->row_space || !s->taps)
-        return fail(e, "%d stream%s need %.3g GB of memory (%.3g for weights, %.3g for what the "
-                       "units keep of the past), and %.3g GB are free", s->capacity,
-                    s->capacity > 1 ? "s" : "", need / 1e9, s->weight_pieces.bytes / 1e9,
-                    s->state_pieces.bytes / 1e9, there / 1e9);
+        return fail(e, "%d stream%s %.3g GB of memory (%.3g for weights, %.3g for what the units "
+                       "keep of the past), and %.3g GB are free", s->capacity,
+                    s->capacity > 1 ? "s need" : " needs", (weights + state) / 1e9, weights / 1e9,
+                    state / 1e9, there / 1e9);
     // The same walk again, now with memory under it: the counts come out as before.
     s->weight_pieces.used = s->state_pieces.used = 0;
     place_all(s);
@@ -168,17 +179,23 @@ static int build(Stream *s, Error *e) {
 int stream_open(Stream *s, const Config *config, const real *params, int capacity, Error *e) {
     *s = (Stream){.table = {.config = *config}, .capacity = capacity, .params = params,
                   .panel = capacity == 1 ? PANEL_ONE : PANEL_MANY};
-    if (config_check(config, e)) return -1;
-    if (capacity < 1 || capacity > MAX_STREAMS)
-        return fail(e, "%d streams, expected 1 to %d", capacity, MAX_STREAMS);
-    // Its table of tensors alone says where in params each begins; no memory for parameters.
-    if (model_describe(&s->table, e)) return -1;
-    if (build(s, e)) {
+    if (count(s, e) || build(s, e)) {
         stream_free(s);
         return -1;
     }
     stream_begin(s, capacity);
     return 0;
+}
+
+int stream_memory(const Config *config, int capacity, double *weights, double *state, Error *e) {
+    const real nothing = 0;  // counting reads no parameters
+    Stream s = {.table = {.config = *config}, .capacity = capacity, .params = &nothing,
+                .panel = PANEL_MANY};
+    int status = count(&s, e);
+    *weights = s.weight_pieces.bytes;
+    *state = s.state_pieces.bytes;
+    stream_free(&s);
+    return status;
 }
 
 void stream_free(Stream *s) {
@@ -311,13 +328,14 @@ static int by_likelihood(const void *a, const void *b) {
 
 int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, int j) {
     Candidate c[V];
+    // As the logits are: what this type holds for 0 is 0.
     real l[V], cap = s->table.config.softcap, heat = (real)sampler->temperature;
     int best = 0, n = V;
     for (int v = 0; v < V; v++) {
         l[v] = cap > 0 ? cap * (real)tanh(logits[v] / cap) : logits[v];
         if (l[v] > l[best]) best = v;
     }
-    if (sampler->temperature == 0) return best;
+    if (heat == 0) return best;
     // The largest exponent becomes 0: nothing overflows, and the sum is at least 1.
     real top = l[best];
     for (int v = 0; v < V; v++) l[v] = exp_real((l[v] - top) / heat);

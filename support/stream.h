@@ -73,6 +73,9 @@ struct Stream {
 // afterwards, and the model may live on any backend. -1 when there is not enough memory; nothing is
 // then held.
 int stream_open(Stream *s, const Config *config, const real *params, int capacity, Error *e);
+// The bytes that stream_open takes: for weights, and for what the units keep of the past. (The
+// latter is taken only as far as the texts are long.)
+int stream_memory(const Config *config, int capacity, double *weights, double *state, Error *e);
 // Takes a Stream in any state after stream_open, also a zeroed one.
 void stream_free(Stream *s);
 // The text begins: before it there is nothing but zeros. S streams run, 1 to capacity.

@@ -44,6 +44,56 @@ finds 'an old nvcc: nothing that it does not know' 'sm_86' 'sm_90'
 stub cc 'case "$*" in *-fopenmp\ *) exit 1;; *-lomp*) exit 1;; esac; exec gcc "$@"'
 finds 'a compiler without OpenMP: one thread' 'OpenMP     none' 'flags.*-fopenmp '
 
+# ---- Flags that would make the tests pass for nothing ----
+
+for compiler in gcc clang; do
+    for flag in -Ofast -ffast-math -ffinite-math-only; do
+        name="$compiler $flag is refused, in one line that says why"
+        if ! command -v $compiler >/dev/null; then
+            skipped=$((skipped + 1)); echo "skip $name: there is no $compiler"
+        elif ! out=$($compiler -std=c11 -I. $flag -c support/units.c -o "$bin/units.o" 2>&1) &&
+            [ "$(echo "$out" | grep -c 'error:')" = 1 ] && echo "$out" | grep -q 'error:.*-O3 instead'; then
+            passed=$((passed + 1)); echo "ok   $name"
+        else
+            failed=$((failed + 1)); echo "FAIL $name:"; echo "$out"
+        fi
+    done
+done
+
+# ---- The download: beside the file, under a name of its own ----
+
+mkdir "$bin/data" "$bin/tools"
+echo keep >"$bin/data/tinyshakespeare.txt.part"
+printf '#!/bin/sh\necho text >"$4"\n' >"$bin/tools/curl"
+chmod +x "$bin/tools/curl"
+out=$(PATH=$bin/tools:$PATH MAKEFLAGS= make -C "$bin" -f "$PWD/Makefile" NVCC= \
+    data/tinyshakespeare.txt 2>&1)
+if echo "$out" | grep -q 'got SHA-256' && [ "$(ls "$bin/data")" = tinyshakespeare.txt.part ] &&
+    grep -q keep "$bin/data/tinyshakespeare.txt.part"; then
+    passed=$((passed + 1)); echo "ok   a download that is not the text leaves nothing, and no other file is touched"
+else
+    failed=$((failed + 1)); echo "FAIL the download:"; echo "$out"; ls "$bin/data"
+fi
+
+# ---- Wrong usage that depends on the build, and a full disk ----
+
+says_one() { # status, words, arguments
+    want=$1 words=$2; shift 2
+    out=$(./train "$@" --out "$bin/out" 2>&1 >/dev/full); got=$?
+    if [ $got = "$want" ] && echo "$out" | tail -1 | grep -q -e "$words"; then
+        passed=$((passed + 1)); echo "ok   status $want, '$words'"
+    else
+        failed=$((failed + 1)); echo "FAIL status $got, no '$words' in:"; echo "$out"
+    fi
+}
+says_one 1 'expected one of: plain cpu' --kernels foo
+says_one 2 'one of auto, cpu, cuda' --device foo
+says_one 2 'did you mean --channels?' --chanels 3
+says_one 1 'standard output: No space left' --help
+says_one 1 'cannot write to standard output' --device cpu --steps 1 --batch 1 --seq 64 --channels 4 \
+    --units conv
+rm -rf "$bin/out"
+
 # ---- Drivers and GPUs that will not do: one line each, before anything is read or written ----
 
 # The driver's version and what cuInit answers come from the environment.

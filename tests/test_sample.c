@@ -1,53 +1,18 @@
-// test_sample.c: a trained model in use: streaming, files good and bad, and the program ./sample.
+// test_sample.c: a trained model in use: streaming, files good and bad.
 //
 // Streamed logits are the full forward pass's bits; what is saved comes back bit for bit; over a
 // hundred malformed headers, every cut and every flipped byte end in an error that names the file
-// and the fault (run it under ASan and UBSan); ./sample, where it is built, does what README says.
+// and the fault (run it under ASan and UBSan). The program ./sample: test_program.c.
 //   ./test_sample
 #define _POSIX_C_SOURCE 200809L
-#include "support/arithmetic.h"
-#include "support/checkpoint.h"
 #include "support/stream.h"
-#include "tests/test.h"
+#include "tests/files.h"
 
 #include <errno.h>
 #include <signal.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
-#include <unistd.h>
-
-static const Backend *const cpu = &cpu_backend;
-static char folder[256] = "/tmp/test_sample.XXXXXX";
-
-// The name lasts for a few calls.
-static const char *in_folder(const char *name) {
-    static char paths[8][400];
-    static int turn;
-    turn = (turn + 1) % 8;
-    snprintf(paths[turn], sizeof paths[turn], "%s/%s", folder, name);
-    return paths[turn];
-}
-
-static uint8_t *read_file(const char *path, size_t *n) {
-    FILE *f = fopen(path, "rb");
-    *n = 0;
-    if (!f) return NULL;
-    fseek(f, 0, SEEK_END);
-    *n = (size_t)ftell(f);
-    rewind(f);
-    uint8_t *bytes = malloc(*n + 1);
-    need(bytes != NULL && fread(bytes, 1, *n, f) == *n, "cannot read back a file");
-    bytes[*n] = 0;
-    fclose(f);
-    return bytes;
-}
-
-static void write_bytes(const char *path, const void *bytes, size_t n) {
-    FILE *f = fopen(path, "wb");
-    need(f != NULL && fwrite(bytes, 1, n, f) == n && fclose(f) == 0, "cannot write a file");
-}
 
 // ---- Streaming ----------------------------------------------------------------------------------
 
@@ -181,6 +146,7 @@ static void test_sampling(void) {
         {"all", {.temperature = 1, .top_p = 1}, {1 / 2.0, 1 / 3.0, 1 / 6.0}},
         {"temperature 1/2", {.temperature = 0.5, .top_p = 1}, {9 / 14.0, 4 / 14.0, 1 / 14.0}},
         {"temperature 0", {.top_p = 1}, {1, 0, 0}},
+        {"temperature 1e-300", {.temperature = 1e-300, .top_p = 1}, {1, 0, 0}},
         {"top-k 2", {.temperature = 1, .top_k = 2, .top_p = 1}, {3 / 5.0, 2 / 5.0, 0}},
         {"top-p 0.6", {.temperature = 1, .top_p = 0.6}, {3 / 5.0, 2 / 5.0, 0}},
         {"top-p 0.4", {.temperature = 1, .top_p = 0.4}, {1, 0, 0}},
@@ -215,23 +181,11 @@ static void test_sampling(void) {
 static const Config tiny = {.channels = 2, .latent = 2, .activation = ACT_gelu,
                             .units = "conv:2:1", .tie = true};
 
-static void open_filled(Model *m, const Config *c, uint64_t seed) {
-    open_or_die(m, cpu, c, 1, 1, NULL);
-    fill_params(m, seed);
-}
-
 // Field by field: what pads a struct may differ.
 static bool same_config(const Config *a, const Config *b) {
     return a->channels == b->channels && a->latent == b->latent &&
            a->activation == b->activation && a->tie == b->tie && a->softcap == b->softcap &&
            strcmp(a->units, b->units) == 0;
-}
-
-static void save_or_die(const char *path, const Model *m) {
-    const Role role = {"", m->params};
-    const Pair pairs[] = {{"text", "a \"quoted\" \\ one,\nwith \xC3\xA9 and \xFF"}};
-    Error e;
-    if (checkpoint_save(path, m, &role, 1, pairs, 1, &e)) need(false, e.text);
 }
 
 static void test_round_trip(const Config *c, const char *what) {
@@ -383,12 +337,25 @@ static void test_failed_writes(void) {
     check(status && strstr(e.text, "untouched") && strstr(e.text, strerror(EFBIG)),
           "a full disk: %s", e.text);
     check(loads(path, &old, &e2), "leaves the old file whole");
-    check(access(in_folder("kept.safetensors.tmp"), F_OK) != 0, "and no temporary file");
+    check(entries("kept.safetensors") == 1, "and no temporary file");
+    char link[400];
+    snprintf(link, sizeof link, "%s", in_folder("linked.safetensors"));
+    need(symlink("kept.safetensors", link) == 0, "a link");
+    struct stat st;
+    // Somebody else's file by the name that ours would have.
+    char other[440];
+    snprintf(other, sizeof other, "%s.%ld-0.tmp", path, (long)getpid());
+    write_bytes(other, "keep", 4);
+    save_or_die(link, &m);
+    check(lstat(other, &st) == 0 && st.st_size == 4, "no file that is there is taken for ours");
+    unlink(other);
+    check(loads(path, &m, &e2) && lstat(link, &st) == 0 && S_ISLNK(st.st_mode),
+          "a link to a model stays, and the model is the new one");
+    save_or_die(path, &old);
     m.params[3] = (real)INFINITY;
     check(checkpoint_save(path, &m, &role, 1, NULL, 0, &e) && strstr(e.text, "embedding.weight"),
           "what is not finite is not saved: %s", e.text);
-    check(loads(path, &old, &e2) && access(in_folder("kept.safetensors.tmp"), F_OK) != 0,
-          "and the old file stays");
+    check(loads(path, &old, &e2) && entries("kept.safetensors") == 1, "and the old file stays");
     check(checkpoint_save(in_folder("no/such/folder"), &old, &role, 1, NULL, 0, &e) != 0,
           "a folder that is not there: %s", e.text);
     check(checkpoint_save(folder, &old, &role, 1, NULL, 0, &e) != 0, "a folder: %s", e.text);
@@ -402,9 +369,8 @@ static void test_killed_writes(void) {
                       .units = "2x(block:3:1)"};
     Model m;
     open_filled(&m, &c, 8);
-    char path[400], temporary[400];
+    char path[400], temporary[440];
     snprintf(path, sizeof path, "%s", in_folder("killed.safetensors"));
-    snprintf(temporary, sizeof temporary, "%s", in_folder("killed.safetensors.tmp"));
     save_or_die(path, &m);
     int whole = 0, cut = 0;
     enum { KILLS = 200 };
@@ -421,7 +387,9 @@ static void test_killed_writes(void) {
         bool sound = loads(path, &m, &e);
         if (!sound) printf("     after kill %d: %s\n", i, e.text);
         whole += sound;
-        cut += access(temporary, F_OK) == 0;
+        // What a kill leaves is its own, by name: nothing else is ever overwritten.
+        snprintf(temporary, sizeof temporary, "%s.%ld-0.tmp", path, (long)child);
+        cut += unlink(temporary) == 0;
     }
     check(whole == KILLS, "after %d kills while saving, %d files were whole", KILLS, whole);
     check(cut > KILLS / 20, "%d of the kills hit a save that was half done", cut);
@@ -791,316 +759,13 @@ static void test_bad_files(void) {
     model_free(&m);
 }
 
-// ---- The program --------------------------------------------------------------------------------
-
-static char program[1100];
-
-// Runs ./sample in the folder of this test, output in `out`, messages in `err`; its exit status.
-static int sample(const char *arguments) {
-    char command[4096];
-    snprintf(command, sizeof command, "cd %s && %s %s >out 2>err </dev/null", folder, program,
-             arguments);
-    int status = system(command);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
-}
-
-static bool same_files(const char *a, const char *b) {
-    size_t n, k;
-    uint8_t *x = read_file(in_folder(a), &n), *y = read_file(in_folder(b), &k);
-    bool same = x && y && n == k && memcmp(x, y, n) == 0;
-    free(x);
-    free(y);
-    return same;
-}
-
-static long long file_size(const char *name) {
-    struct stat st;
-    return stat(in_folder(name), &st) ? -1 : (long long)st.st_size;
-}
-
-// That a command fails with `status` and one line on stderr that holds `fault`, and prints nothing.
-static void check_fails(const char *arguments, int status, const char *fault) {
-    size_t n;
-    int got = sample(arguments);
-    char *line = (char *)read_file(in_folder("err"), &n);
-    bool one_line = line && n > 0 && strchr(line, '\n') == line + n - 1;
-    check(got == status && one_line && strstr(line, fault) && file_size("out") == 0,
-          "exit status %d: %.*s", got, line && n ? (int)n - 1 : 0, line ? line : "");
-    free(line);
-}
-
-static const Config use = {.channels = 24, .latent = 20, .activation = ACT_gelu,
-                           .units = "2x(block:3:1:3)", .softcap = 6};
-
-enum { LONG_FILE = 110000 };  // more than two rounds of windows
-
-static void make_files(void) {
-    Model m, other;
-    open_filled(&m, &use, 10);
-    open_filled(&other, &use, 11);
-    save_or_die(in_folder("m.safetensors"), &m);
-    save_or_die(in_folder("other.safetensors"), &other);
-    other.config.softcap = 0;
-    for (size_t i = 0; i < V; i++) other.params[other.head.bias + i] = i % 2 ? 1000 : -1000;
-    save_or_die(in_folder("sure.safetensors"), &other);
-    model_free(&m);
-    model_free(&other);
-    static uint8_t bytes[LONG_FILE];
-    for (size_t i = 0; i < LONG_FILE; i++)
-        bytes[i] = (uint8_t)philox(12, (uint32_t)i, 0, 0, RNG_TEST).v[0];
-    write_bytes(in_folder("long"), bytes, LONG_FILE);
-    write_bytes(in_folder("empty"), "", 0);
-    write_bytes(in_folder("one"), "\xFF", 1);
-    write_bytes(in_folder("two"), "\0\xFF", 2);
-    write_bytes(in_folder("field"), bytes, (size_t)config_receptive_field(&use));
-    write_bytes(in_folder("binary"), bytes, 3000);
-    memset(bytes, 0xFF, 2000);
-    write_bytes(in_folder("ones"), bytes, 2000);
-    for (int i = 0; i < 2000; i++) bytes[i] = (uint8_t)"the cat sat on the mat. "[i % 24];
-    write_bytes(in_folder("text"), bytes, 2000);
-}
-
-static void test_generate(void) {
-    int status = sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5");
-    check(status == 0 && file_size("out") == 302,
-          "the prompt and as many bytes as asked for go to stdout, nothing else");
-    rename(in_folder("out"), in_folder("first"));
-    sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --threads 3");
-    check(same_files("out", "first"), "the same seed writes the same text, whatever the threads");
-    sample("m.safetensors --prompt 'ab' --bytes 300 --seed 6");
-    check(!same_files("out", "first"), "another seed writes another");
-    sample("m.safetensors --prompt-file two --bytes 300 --seed 5");
-    check(file_size("out") == 302, "a prompt from a file, NUL and all");
-    check(sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --streams 4") == 0 &&
-              file_size("out") == 4 * 302, "four streams write four texts");
-    size_t n, k;
-    uint8_t *all = read_file(in_folder("out"), &n), *first = read_file(in_folder("first"), &k);
-    check(n > k && memcmp(all, first, k) == 0, "of which the first is that of one stream");
-    check(n > k && memcmp(all, all + 302, 302) != 0, "and the second another");
-    free(all);
-    free(first);
-    sample("m.safetensors --prompt-file binary --bytes 100");
-    uint8_t *long_prompt = read_file(in_folder("binary"), &n), *end = long_prompt + n;
-    size_t field = (size_t)config_receptive_field(&use);
-    write_bytes(in_folder("tail"), end - field, field);
-    all = read_file(in_folder("out"), &n);
-    sample("m.safetensors --prompt-file tail --bytes 100");
-    first = read_file(in_folder("out"), &k);
-    check(n == 3100 && k == field + 100 && memcmp(all + n - 100, first + k - 100, 100) == 0,
-          "of a long prompt the last %zu bytes count", field);
-    free(long_prompt);
-    free(all);
-    free(first);
-    sample("m.safetensors --bytes 100 --temperature 0");
-    rename(in_folder("out"), in_folder("first"));
-    sample("m.safetensors --bytes 100 --top-k 1 --seed 9");
-    check(same_files("out", "first") && file_size("out") == 100,
-          "temperature 0 is the likeliest byte, and so is top-k 1");
-    char command[4096];
-    snprintf(command, sizeof command,
-             "cd %s && (%s m.safetensors --bytes 0 2>err; echo $? >status) | head -c 10 >out",
-             folder, program);
-    size_t size = 0;
-    char *said = system(command) == 0 ? (char *)read_file(in_folder("status"), &size) : NULL;
-    check(said && strcmp(said, "0\n") == 0 && file_size("err") == 0,
-          "a closed pipe ends an endless text quietly, with status 0");
-    free(said);
-    snprintf(command, sizeof command, "cd %s && %s m.safetensors >/dev/full 2>err", folder,
-             program);
-    status = system(command);
-    said = (char *)read_file(in_folder("err"), &size);
-    check(WEXITSTATUS(status) == 1 && strstr(said, "No space left"), "a full disk: %s", said);
-    free(said);
-}
-
-// Nats per byte of a file by one full forward pass over all of it.
-static double reference_score(const char *name) {
-    size_t n;
-    uint8_t *bytes = read_file(in_folder(name), &n);
-    Model m;
-    Error e;
-    if (checkpoint_load_model(&m, in_folder("m.safetensors"), cpu, 1, (int)n, &e))
-        need(false, e.text);
-    int *ids = malloc(2 * n * sizeof *ids), *targets = ids + n;
-    real *losses = new_reals(n);
-    need(ids != NULL, "out of memory");
-    for (size_t i = 0; i < n; i++) {
-        ids[i] = bytes[i];
-        targets[i] = i + 1 < n ? bytes[i + 1] : -1;
-    }
-    model_losses(&m, ids, targets, losses);
-    double nats = log(256);
-    for (size_t i = 0; i < n; i++) nats += losses[i];
-    free(ids);
-    free(losses);
-    free(bytes);
-    model_free(&m);
-    return nats / (double)n;
-}
-
-static double printed_score(const char *name) {
-    char arguments[200];
-    snprintf(arguments, sizeof arguments, "m.safetensors --score %s", name);
-    size_t n;
-    char *line = sample(arguments) == 0 ? (char *)read_file(in_folder("out"), &n) : NULL;
-    double nats = line ? strtod(line, NULL) : NAN;
-    free(line);
-    return nats;
-}
-
-static void test_score(void) {
-    static const char *const files[] = {"one", "two", "field", "binary", "text", "long"};
-    for (int i = 0; i < 6; i++) {
-        double want = reference_score(files[i]);
-        check_error(fabs(printed_score(files[i]) - want) / want, 2e-6,
-                    "--score = the full forward pass over '%s', %.6f nats/byte", files[i], want);
-    }
-    check_fails("m.safetensors --score empty", 1, "empty");
-    check_fails("m.safetensors --score missing", 1, "No such file");
-    check_fails("m.safetensors --score .", 1, "directory");
-    double want = printed_score("text") * 2000 / log(2), sum = 0;
-    sample("m.safetensors --score text --heat");
-    size_t n;
-    char *table = (char *)read_file(in_folder("out"), &n), *row = table;
-    int rows = 0, right = 0;
-    while ((row = strchr(row, '\n')) && row[1]) {
-        long offset, byte;
-        double bits;
-        row++;
-        if (sscanf(row, "%ld\t%ld\t%lf", &offset, &byte, &bits) != 3) break;
-        right += offset == rows && byte == "the cat sat on the mat. "[rows % 24];
-        sum += bits;
-        rows++;
-    }
-    check(rows == 2000 && right == 2000, "--heat has a row for each byte");
-    check_error(fabs(sum - want) / want, 1e-4, "whose bits add up to the score");
-    free(table);
-}
-
-static void test_latents(void) {
-    check(sample("m.safetensors --latents z.npy long") == 0, "--latents of a file");
-    size_t n, k;
-    uint8_t *npy = read_file(in_folder("z.npy"), &n), *bytes = read_file(in_folder("long"), &k);
-    static const char want[] = "\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, "
-                               "'shape': (110000, 20), }";
-    need(npy != NULL && bytes != NULL, "the latents");
-    check(n == 128 + (size_t)LONG_FILE * 80 && memcmp(npy, want, sizeof want - 1) == 0 &&
-              npy[127] == '\n', "is an array that numpy reads");
-    Stream s;
-    Model m;
-    Error e;
-    if (checkpoint_load_model(&m, in_folder("m.safetensors"), cpu, 1, 1, &e) ||
-        stream_open(&s, &use, m.params, 1, &e))
-        need(false, e.text);
-    real z[20], logits[V];
-    size_t wrong = 0;
-    for (size_t i = 0; i < LONG_FILE; i++) {
-        int id = bytes[i];
-        stream_push(&s, &id, z, logits);
-        wrong += !same_bits(z, (real *)(void *)(npy + 128) + i * 20, 20);
-    }
-    check(wrong == 0, "and every one of its rows is that of a single stream, bit for bit");
-    stream_free(&s);
-    model_free(&m);
-    free(npy);
-    free(bytes);
-    check_fails("m.safetensors --latents z.npy two", 1, "--force");
-    check(sample("m.safetensors --latents z.npy two --force") == 0 &&
-              file_size("z.npy") == 128 + 2 * 80, "--force overwrites");
-    check(sample("m.safetensors --latents z.npy empty --force") == 0 && file_size("z.npy") == 128,
-          "an empty file has no rows");
-}
-
-static void test_compress(void) {
-    static const char *const files[] = {"empty", "one", "two", "field", "binary", "ones", "text"};
-    char arguments[300];
-    for (int i = 0; i < 7; i++) {
-        snprintf(arguments, sizeof arguments, "m.safetensors --compress %s z --force", files[i]);
-        int made = sample(arguments);
-        rename(in_folder("z"), in_folder("z1"));
-        strcat(arguments, " --threads 3");
-        made += sample(arguments);
-        check(made == 0 && same_files("z", "z1"), "'%s' compresses, whatever the threads",
-              files[i]);
-        check(sample("m.safetensors --decompress z back --force --threads 2") == 0 &&
-                  same_files("back", files[i]), "and comes back byte for byte");
-    }
-    check(sample("m.safetensors --compress long z --force") == 0, "a long file compresses");
-    double bits = 8 * (double)file_size("z") / LONG_FILE, score = printed_score("long") / log(2);
-    check_error(fabs(bits - score) / score, 1e-3, "to its score, %.4f bits/byte", score);
-    check(sample("m.safetensors --decompress z back --force") == 0 && same_files("back", "long"),
-          "and comes back byte for byte");
-    check(sample("sure.safetensors --compress binary z --force") == 0 &&
-              sample("sure.safetensors --decompress z back --force") == 0 &&
-              same_files("back", "binary"),
-          "what a model holds for impossible comes back, too (%.1f bits/byte)",
-          8 * (double)file_size("z") / 3000);
-    check_fails("m.safetensors --compress text z", 1, "--force");
-    sample("m.safetensors --compress text z --force");
-    check_fails("other.safetensors --decompress z new", 1, "another model");
-    check_fails("m.safetensors --decompress text new", 1, "not made by sample");
-    check_fails("m.safetensors --decompress empty new", 1, "not made by sample");
-    size_t n;
-    uint8_t *file = read_file(in_folder("z"), &n);
-    need(file != NULL && n > 200, "a compressed text");
-    int refusals = 0, tries = 0;
-    for (size_t at = 0; at < n; at += at < 32 || at + 9 > n ? 1 : n / 9) {  // the header, and some
-        file[at] ^= 0x10;
-        write_bytes(in_folder("bad"), file, n);
-        refusals += sample("m.safetensors --decompress bad new") == 1;
-        tries++;
-        file[at] ^= 0x10;
-    }
-    for (size_t cut = 0; cut < n; cut += n / 8, tries++) {
-        write_bytes(in_folder("bad"), file, cut);
-        refusals += sample("m.safetensors --decompress bad new") == 1;
-    }
-    file = realloc(file, n + 1);
-    need(file != NULL, "out of memory");
-    file[n] = 0;
-    write_bytes(in_folder("bad"), file, n + 1);
-    refusals += sample("m.safetensors --decompress bad new") == 1;
-    check(refusals == tries + 1, "of %d damaged, cut or longer files, %d are refused", tries + 1,
-          refusals);
-    file[24] ^= 1;  // of the content's checksum, and the header's is right again
-    uint64_t sum = checksum_add(CHECKSUM_START, file, 28);
-    for (int b = 0; b < 4; b++) file[28 + b] = (uint8_t)((sum ^ sum >> 32) >> (8 * b));
-    write_bytes(in_folder("bad"), file, n);
-    check_fails("m.safetensors --decompress bad new", 1, "checksum of the content");
-    check(file_size("new") < 0 && file_size("new.tmp") < 0, "and nothing is left of them");
-    free(file);
-}
-
-static void test_usage(void) {
-    check_fails("", 2, "no model");
-    check_fails("m.safetensors --unknown", 2, "--unknown");
-    check_fails("m.safetensors --bytes -1", 2, "--bytes");
-    check_fails("m.safetensors --bytes 1x", 2, "--bytes");
-    check_fails("m.safetensors --temperature nan", 2, "--temperature");
-    check_fails("m.safetensors --top-p 1.5", 2, "--top-p");
-    check_fails("m.safetensors --streams 0", 2, "--streams");
-    check_fails("m.safetensors --streams 2 --bytes 0", 2, "--bytes");
-    check_fails("m.safetensors --compress text", 2, "IN OUT");
-    check_fails("m.safetensors --latents x.npy", 2, "FILE");
-    check_fails("m.safetensors text", 2, "too many");
-    check_fails("m.safetensors --heat", 2, "--score");
-    check_fails("m.safetensors --prompt a --prompt-file text", 2, "--prompt");
-    check_fails("m.safetensors --score text --compress text z", 2, "choose one");
-    check_fails("missing.safetensors", 1, "No such file");
-    check_fails(".", 1, "directory");
-    check_fails("text", 1, "not a safetensors file");
-    check_fails("state.safetensors", 1, "model.safetensors");
-    check_fails("m.safetensors --prompt-file missing", 1, "No such file");
-    check_fails("m.safetensors --compress text no/folder/z", 1, "No such file");
-    check(sample("--help") == 0 && file_size("out") > 500 && file_size("err") == 0, "--help");
-}
-
 int main(void) {
-    need(mkdtemp(folder) != NULL, "a temporary folder");
+    make_folder();
     test_streaming();
     test_sampling();
     test_round_trip(&tiny, "a conv, tied");
-    test_round_trip(&use, "blocks, softcap");
+    test_round_trip(&(Config){.channels = 24, .latent = 20, .activation = ACT_gelu,
+                              .units = "2x(block:3:1:3)", .softcap = 6}, "blocks, softcap");
     test_round_trip(&(Config){.channels = 3, .latent = 5, .activation = ACT_lrelu2,
                               .units = "2x( conv:3:5 block:2:1:9:none )conv"}, "mixed");
     test_layout();
@@ -1108,22 +773,5 @@ int main(void) {
     test_failed_writes();
     test_killed_writes();
     test_bad_files();
-    char here[1000];
-    const char *other = getenv("SAMPLE");
-    need(getcwd(here, sizeof here) != NULL, "the name of this folder");
-    snprintf(program, sizeof program, "%s%s", other ? "" : here, other ? other : "/sample");
-    if (access(program, X_OK) == 0) {
-        make_files();
-        test_generate();
-        test_score();
-        test_latents();
-        test_compress();
-        test_usage();
-    } else {
-        skip("the program: ./sample is not built here");
-    }
-    char command[400];
-    snprintf(command, sizeof command, "rm -r %s", folder);
-    if (system(command)) printf("     %s is left behind\n", folder);
-    return finish();
+    return remove_folder_and_finish();
 }

@@ -1,0 +1,584 @@
+// test_program.c: the program ./sample as its user meets it: text, scores, latents, compressed
+// files, and every way to get it wrong. SAMPLE names another program than ./sample.
+//   ./test_program
+#define _POSIX_C_SOURCE 200809L
+#include "support/stream.h"
+#include "tests/files.h"
+
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+static char program[1100];
+
+// Runs ./sample in the folder of this test, output in `out`, messages in `err`; its exit status.
+static int sample(const char *arguments) {
+    char command[4096];
+    snprintf(command, sizeof command, "cd %s && %s %s >out 2>err </dev/null", folder, program,
+             arguments);
+    int status = system(command);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+// A command of the shell there, where $S is the program; its exit status.
+static int shell(const char *text) {
+    char command[8192];
+    snprintf(command, sizeof command, "cd %s && S='%s'; %s", folder, program, text);
+    int status = system(command);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+static bool same_files(const char *a, const char *b) {
+    size_t n, k;
+    uint8_t *x = read_file(in_folder(a), &n), *y = read_file(in_folder(b), &k);
+    bool same = x && y && n == k && memcmp(x, y, n) == 0;
+    free(x);
+    free(y);
+    return same;
+}
+
+static long long file_size(const char *name) {
+    struct stat st;
+    return stat(in_folder(name), &st) ? -1 : (long long)st.st_size;
+}
+
+// That a command fails with `status` and one line on stderr that holds `fault`, and prints nothing.
+static void check_fails(const char *arguments, int status, const char *fault) {
+    size_t n;
+    int got = sample(arguments);
+    char *line = (char *)read_file(in_folder("err"), &n);
+    bool one_line = line && n > 0 && strchr(line, '\n') == line + n - 1;
+    check(got == status && one_line && strstr(line, fault) && file_size("out") == 0,
+          "exit status %d: %.*s", got, line && n ? (int)n - 1 : 0, line ? line : "");
+    free(line);
+}
+
+static const Config use = {.channels = 24, .latent = 20, .activation = ACT_gelu,
+                           .units = "2x(block:3:1:3)", .softcap = 6};
+
+enum { LONG_FILE = 110000 };  // more than two rounds of windows
+
+static void make_files(void) {
+    Model m, other;
+    open_filled(&m, &use, 10);
+    open_filled(&other, &use, 11);
+    save_or_die(in_folder("m.safetensors"), &m);
+    save_or_die(in_folder("other.safetensors"), &other);
+    other.config.softcap = 0;
+    for (size_t i = 0; i < V; i++) other.params[other.head.bias + i] = i % 2 ? 1000 : -1000;
+    save_or_die(in_folder("sure.safetensors"), &other);
+    for (size_t i = 0; i < V; i++)  // writes nothing but a and b
+        other.params[other.head.bias + i] = i == 'a' || i == 'b' ? 1000 : -1000;
+    save_or_die(in_folder("ab.safetensors"), &other);
+    const Role role = {"params", m.params};
+    Error e;
+    if (checkpoint_save(in_folder("state.safetensors"), &m, &role, 1, NULL, 0, &e))
+        need(false, e.text);
+    model_free(&m);
+    model_free(&other);
+    static uint8_t bytes[LONG_FILE];
+    for (size_t i = 0; i < LONG_FILE; i++)
+        bytes[i] = (uint8_t)philox(12, (uint32_t)i, 0, 0, RNG_TEST).v[0];
+    write_bytes(in_folder("long"), bytes, LONG_FILE);
+    write_bytes(in_folder("empty"), "", 0);
+    write_bytes(in_folder("one"), "\xFF", 1);
+    write_bytes(in_folder("two"), "\0\xFF", 2);
+    write_bytes(in_folder("field"), bytes, (size_t)config_receptive_field(&use));
+    write_bytes(in_folder("binary"), bytes, 3000);
+    memset(bytes, 0xFF, 2000);
+    write_bytes(in_folder("ones"), bytes, 2000);
+    for (int i = 0; i < 2000; i++) bytes[i] = (uint8_t)"the cat sat on the mat. "[i % 24];
+    write_bytes(in_folder("text"), bytes, 2000);
+}
+
+static void test_generate(void) {
+    int status = sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5");
+    check(status == 0 && file_size("out") == 302,
+          "the prompt and as many bytes as asked for go to stdout, nothing else");
+    rename(in_folder("out"), in_folder("first"));
+    sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --threads 3");
+    check(same_files("out", "first"), "the same seed writes the same text, whatever the threads");
+    sample("m.safetensors --prompt 'ab' --bytes 300 --seed 6");
+    check(!same_files("out", "first"), "another seed writes another");
+    sample("m.safetensors --prompt-file two --bytes 300 --seed 5");
+    check(file_size("out") == 302, "a prompt from a file, NUL and all");
+    check(sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --streams 4") == 0 &&
+              file_size("out") == 4 * 302, "four streams write four texts");
+    size_t n, k;
+    uint8_t *all = read_file(in_folder("out"), &n), *first = read_file(in_folder("first"), &k);
+    check(n > k && memcmp(all, first, k) == 0, "of which the first is that of one stream");
+    check(n > k && memcmp(all, all + 302, 302) != 0, "and the second another");
+    free(all);
+    free(first);
+    sample("m.safetensors --prompt-file binary --bytes 100");
+    uint8_t *long_prompt = read_file(in_folder("binary"), &n), *end = long_prompt + n;
+    size_t field = (size_t)config_receptive_field(&use);
+    write_bytes(in_folder("tail"), end - field, field);
+    all = read_file(in_folder("out"), &n);
+    sample("m.safetensors --prompt-file tail --bytes 100");
+    first = read_file(in_folder("out"), &k);
+    check(n == 3100 && k == field + 100 && memcmp(all + n - 100, first + k - 100, 100) == 0,
+          "of a long prompt the last %zu bytes count", field);
+    free(long_prompt);
+    free(all);
+    free(first);
+    sample("m.safetensors --bytes 100 --temperature 0");
+    rename(in_folder("out"), in_folder("first"));
+    sample("m.safetensors --bytes 100 --top-k 1 --seed 9");
+    check(same_files("out", "first") && file_size("out") == 100,
+          "temperature 0 is the likeliest byte, and so is top-k 1");
+    sample("m.safetensors --bytes 100 --temperature 7e-46");
+    check(same_files("out", "first"), "and so is a temperature that no float holds");
+    char command[4096];
+    snprintf(command, sizeof command,
+             "cd %s && (%s m.safetensors --bytes 0 2>err; echo $? >status) | head -c 10 >out",
+             folder, program);
+    size_t size = 0;
+    char *said = system(command) == 0 ? (char *)read_file(in_folder("status"), &size) : NULL;
+    check(said && strcmp(said, "0\n") == 0 && file_size("err") == 0,
+          "a closed pipe ends an endless text quietly, with status 0");
+    free(said);
+}
+
+// The first text, up to the ending, must be that of the program without --stop.
+static void test_stop(void) {
+    static const char *const endings[] = {"a", "b", "aab", "aabaab", "abab", "bbabb", "aaaaaa",
+                                          "abaababaab", "ac", "bc"};
+    enum { BYTES = 200, STREAMS = 3 };
+    static const char base[] = "ab.safetensors --prompt aaab --bytes 200 --streams 3 --top-k 2";
+    char arguments[200];
+    size_t n, k;
+    sample(base);
+    char *all = (char *)read_file(in_folder("out"), &n), want[STREAMS * (BYTES + 4) + 1];
+    need(all && n == STREAMS * (BYTES + 4), "three texts");
+    int found = 0, right = 0;
+    for (int i = 0; i < 10; i++) {
+        size_t at = 0;
+        for (int j = 0; j < STREAMS; j++) {
+            char text[BYTES + 5];
+            snprintf(text, sizeof text, "%s", all + j * (BYTES + 4));
+            char *end = strstr(text + 4, endings[i]);  // the prompt does not count
+            found += end != NULL;
+            if (end) *end = 0;
+            at += (size_t)snprintf(want + at, sizeof want - at, "%s", text);
+        }
+        snprintf(arguments, sizeof arguments, "%s --stop %s", base, endings[i]);
+        sample(arguments);
+        char *got = (char *)read_file(in_folder("out"), &k);
+        right += k == at && memcmp(got, want, k) == 0;
+        if (k != at) printf("     --stop %s: %s, not %s\n", endings[i], got, want);
+        free(got);
+    }
+    check(right == 10 && found > 15, "--stop ends a text before it, each of several by itself (%d)",
+          found);
+    free(all);
+    sample("sure.safetensors --bytes 400 --seed 3");
+    all = (char *)read_file(in_folder("out"), &n);
+    sample("sure.safetensors --bytes 400 --seed 3 --stop '\\t'");
+    char *got = (char *)read_file(in_folder("out"), &k), *tab = memchr(all, '\t', n);
+    check(tab && k == (size_t)(tab - all) && memcmp(all, got, k) == 0, "\\t is understood");
+    free(all);
+    free(got);
+    check_fails("m.safetensors --stop ''", 2, "--stop is empty");
+    check_fails("m.safetensors --stop 'a\\q'", 2, "'\\q'");
+    check_fails("m.safetensors --stop 'a\\'", 2, "expected \\n, \\t or");
+}
+
+// All that goes to standard output, when that is full or its reader has gone.
+static void test_standard_output(void) {
+    static const char *const modes[] = {
+        "m.safetensors", "m.safetensors --streams 2", "m.safetensors --score text",
+        "m.safetensors --score text --heat", "m.safetensors --score text --html -",
+        "m.safetensors --latents - text", "m.safetensors --compress text -",
+        "m.safetensors --decompress text.fz /dev/stdout", "m.safetensors --info", "--help"};
+    char command[300];
+    size_t n;
+    sample("m.safetensors --compress text text.fz");
+    for (int i = 0; i < 10; i++) {
+        snprintf(command, sizeof command, "$S %s >/dev/full 2>err", modes[i]);
+        int status = shell(command);
+        char *said = (char *)read_file(in_folder("err"), &n);
+        bool one_line = strchr(said, '\n') == said + n - 1;
+        said[strcspn(said, "\n")] = 0;
+        check(status == 1 && one_line && strstr(said, "standard output: No space left"),
+              "a full disk: %s: %s", modes[i], said);
+        free(said);
+        snprintf(command, sizeof command, "(sleep 0.1; $S %s 2>err; echo $? >status) | :", modes[i]);
+        shell(command);
+        said = (char *)read_file(in_folder("status"), &n);
+        check(strcmp(said, "0\n") == 0 && shell("grep -q cannot err") == 1,
+              "a reader that has gone is no error: %s", modes[i]);
+        free(said);
+    }
+    check(shell("$S m.safetensors --compress text - 2>err >c && cmp c text.fz &&"
+                "$S m.safetensors --decompress - - 2>err <c | cmp - text") == 0,
+          "- is standard output");
+    check(shell("$S m.safetensors --latents z1.npy text 2>err &&"
+                "$S m.safetensors --latents /dev/stdout text 2>err >z2 && cmp z1.npy z2") == 0,
+          "and so is /dev/stdout, also of what is written out of order");
+    check(shell("head -c 900 text.fz >cut; $S m.safetensors --decompress cut - 2>err >c") == 1 &&
+              file_size("c") == 0, "and gets nothing of what turns out to be damaged");
+    shell("rm z1.npy z2 c text.fz");
+}
+
+// Where outputs go: never over what is not theirs.
+static void test_outputs(void) {
+    check(shell("cp text notes.tmp; $S m.safetensors --compress notes.tmp notes 2>err &&"
+                "cmp -s text notes.tmp && $S m.safetensors --decompress notes copy 2>err &&"
+                "cmp -s text copy") == 0, "an input with the name OUTPUT.tmp stays");
+    check(shell("echo keep >w.tmp; $S m.safetensors --compress text w 2>err && grep -q keep w.tmp")
+              == 0, "and so does another file of that name");
+    check(shell("cp text l.npy.tmp; $S m.safetensors --latents l.npy l.npy.tmp 2>err") == 0 &&
+              file_size("l.npy") == 128 + 2000 * 80, "which can be read as well");
+    shell("umask 027; rm -f w; $S m.safetensors --compress text w 2>err");
+    struct stat st;
+    check(stat(in_folder("w"), &st) == 0 && (st.st_mode & 0777) == 0640 && entries("w") == 2,
+          "an output has the mode that umask gives");
+    shell("cp text same; ln same hard; ln -s same soft; mkdir sub");
+    check_fails("m.safetensors --compress same same --force", 1, "same file as the input");
+    check_fails("m.safetensors --compress same sub/../same --force", 1, "same file");
+    check_fails("m.safetensors --compress same hard --force", 1, "same file");
+    check_fails("m.safetensors --latents soft same --force", 1, "same file");
+    check_fails("m.safetensors --score soft --html same --force", 1, "same file");
+    check_fails("m.safetensors --compress text m.safetensors --force", 1, "m.safetensors is the");
+    check(shell("$S m.safetensors --score same --heat >>same 2>err") == 1 &&
+              same_files("same", "text"), "an output that is the input is refused, and both stay");
+    shell("echo old >sub/target; ln -s sub/target link; ln -s nowhere dead");
+    check_fails("m.safetensors --compress text link", 1, "exists");
+    check_fails("m.safetensors --compress text dead --force", 1, "leads nowhere");
+    check(shell("$S m.safetensors --compress text link --force 2>err && test -L link &&"
+                "cmp -s w sub/target && test \"$(ls sub)\" = target") == 0,
+          "a link to a file stays, and the file gets the new content");
+    // As root a device of one's own, never the system's.
+    bool device = shell("mknod null c 1 3 2>/dev/null") == 0;
+    if (!device) skip("an output that is a device: only root can make one");
+    shell("mkfifo pipe; ln -s pipe to_pipe");
+    static const char *const names[] = {"pipe", "to_pipe", "null"};
+    for (int i = 0; i < 2 + device; i++) {
+        char arguments[100];
+        snprintf(arguments, sizeof arguments, "m.safetensors --compress text %s --force", names[i]);
+        check_fails(arguments, 1, "is a device, a pipe or a socket");
+        snprintf(arguments, sizeof arguments, "m.safetensors --latents %s text", names[i]);
+        check_fails(arguments, 1, "is a device, a pipe or a socket");
+        check(shell("grep -q force err") == 1 && stat(in_folder(names[i]), &st) == 0 &&
+                  !S_ISREG(st.st_mode), "%s stays what it is, and --force is not offered", names[i]);
+    }
+    check(shell("exec 2>/dev/null; sleep 20 >pipe & k=$!; $S m.safetensors --latents big - <pipe 2>err & p=$!;"
+                "while kill -0 $p && ! ls big.* >/dev/null; do sleep 0.01; done; kill $p; wait $p; s=$?;"
+                "kill $k; exit $s") == 128 + SIGTERM && entries("big") == 0,
+          "a signal ends it and leaves nothing behind");
+}
+
+// Models that reach further than memory does.
+static void test_memory(void) {
+    Model m;
+    Config c = {.channels = 1, .latent = 1, .activation = ACT_gelu, .tie = true,
+                .units = "4096x(conv:256:1048576)"};
+    open_filled(&m, &c, 3);
+    save_or_die(in_folder("vast.safetensors"), &m);
+    model_free(&m);
+    check_fails("vast.safetensors", 1, "1 stream needs 4.38e+03 GB of memory");
+    check_fails("vast.safetensors --score text", 1, "1 stream needs 4.38e+03 GB of memory");
+    strcpy(c.units, "300x(conv:2:1048576)");
+    open_filled(&m, &c, 3);
+    save_or_die(in_folder("far.safetensors"), &m);
+    model_free(&m);
+    struct rusage used;
+    int status = sample("far.safetensors --bytes 3");
+    getrusage(RUSAGE_CHILDREN, &used);  // maxrss: kilobytes
+    check(status == 0 && used.ru_maxrss < 600000,
+          "rings of 1.26 GB take as much of it as the text is long: %ld MB", used.ru_maxrss / 1000);
+#ifdef __SANITIZE_ADDRESS__
+    skip("a limit of memory: AddressSanitizer needs more");
+#else
+    status = shell("ulimit -v 6000000; $S far.safetensors --score text >out 2>err");
+    check(status == 1 && shell("grep -q 'windows of .* GB' err") == 0,
+          "windows beyond the memory are refused");
+#endif
+    shell("rm vast.safetensors far.safetensors");
+}
+
+// How a page shows bytes, and each character's colour: the mean of its bytes' bits, from the table.
+static void test_page(void) {
+    static const char ugly[] = "<b> & \"q\"\r\n\tx\0\x7F\xC3\xA9 \xFF\xE2\x82 \xE2\x80\xAE.\xC3";
+    static const char *const shown[] = {
+        "&lt;", "&gt;", "&amp;", "&quot;", "<i>&#9229;</i>", "<i>&#8629;</i>\n",
+        "<i>&#8677;</i>\t", "<i>&#9216;</i>", "<i>&#9249;</i>", "\xC3\xA9", "<i>\\xFF</i>",
+        "<i>\\xE2</i>", "<i>\\x82</i>", "<i>U+202E</i>", "<i>\\xC3</i></span></pre>",
+        "&lt;ugly&gt;&amp;:", "27 bytes</p>"};
+    size_t n, k;
+    write_bytes(in_folder("<ugly>&"), ugly, sizeof ugly - 1);
+    check(sample("m.safetensors --score '<ugly>&' --html page.html") == 0 && file_size("out") > 0,
+          "--html writes a page, and the score to standard output");
+    char *page = (char *)read_file(in_folder("page.html"), &n), line[100], *p;
+    for (int i = 0; i < 17; i++) check(strstr(page, shown[i]), "the page shows %s", shown[i]);
+    check(!strstr(page, "<script") && !strstr(page, "http") && !strstr(page, "src=") &&
+              !strstr(page, "href") && strlen(page) == n, "and refers to nothing outside");
+    free(page);
+    check_fails("m.safetensors --score text --html page.html", 1, "--force");
+    static const char accents[] = "\xC3\xA9t\xC3\xA9 \xE2\x82\xAC \xF0\x9F\x98\x80.xyz";
+    write_bytes(in_folder("accents"), accents, 18);
+    sample("m.safetensors --score accents --heat");
+    char *table = (char *)read_file(in_folder("out"), &k);
+    sample("m.safetensors --score accents --html - --force");
+    page = (char *)read_file(in_folder("out"), &n);
+    double bits[18] = {0};
+    p = table;
+    for (int i = 0; i < 18 && (p = strchr(p, '\n')); i++) sscanf(++p, "%*d %*d %lf", &bits[i]);
+    int colour = -1, at = 0, wrong = 0;
+    for (p = strstr(page, "<pre>") + 5; strncmp(p, "</pre>", 6) != 0;) {
+        if (*p == '<') {
+            sscanf(p, "<span class=\"b%d", &colour);
+            p = strchr(p, '>') + 1;
+            continue;
+        }
+        int length = utf8_length((uint8_t *)p, (uint8_t *)page + n);
+        double mean = 0;
+        for (int i = 0; i < length; i++) mean += bits[at + i] / length;
+        wrong += colour != (mean > 8 ? 8 : (int)mean);
+        at += length, p += length;
+    }
+    check(at == 18 && wrong == 0, "and every character in its colour");
+    snprintf(line, sizeof line, "%s", strstr(page, "<title>"));
+    sample("m.safetensors --score accents");
+    char *score = (char *)read_file(in_folder("out"), &k);
+    double title, want;
+    check(sscanf(line, "<title>accents: %lf bits", &title) == 1 &&
+              sscanf(score, "%*f nats/byte %lf", &want) == 1 && fabs(title - want) < 1e-4 * want,
+          "its title has name and score");
+    free(page);
+    free(table);
+    free(score);
+}
+
+static void test_info(void) {
+    size_t n;
+    check(sample("m.safetensors --info") == 0 && file_size("err") == 0, "--info");
+    char *text = (char *)read_file(in_folder("out"), &n);
+    check(strstr(text, "2 times:\n  block:3:1:3 ") && strstr(text, "(3,24,24) (3,24,24)"), "names the stack");
+    check(strstr(text, "receptive field 17 bytes") && strstr(text, "MB of memory to sample"),
+          "its reach and memory");
+    check(strstr(text, "\ntext                     a \"quoted\" \\ one,?with \xC3\xA9"),
+          "what was noted on saving, without control bytes");
+    check(strstr(text, "held_out_nats_per_byte   (the file does not say)") &&
+              !strstr(text, "softcap") && !strstr(text, "checksum"), "and what was not");
+    free(text);
+    check(shell("mkdir run; cp m.safetensors run/model.safetensors; $S run --info | cmp - out") == 0,
+          "a folder stands for the model in it");
+}
+
+// Nats per byte of a file by one full forward pass over all of it.
+static double reference_score(const char *name) {
+    size_t n;
+    uint8_t *bytes = read_file(in_folder(name), &n);
+    Model m;
+    Error e;
+    if (checkpoint_load_model(&m, in_folder("m.safetensors"), cpu, 1, (int)n, &e))
+        need(false, e.text);
+    int *ids = malloc(2 * n * sizeof *ids), *targets = ids + n;
+    real *losses = new_reals(n);
+    need(ids != NULL, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        ids[i] = bytes[i];
+        targets[i] = i + 1 < n ? bytes[i + 1] : -1;
+    }
+    model_losses(&m, ids, targets, losses);
+    double nats = log(256);
+    for (size_t i = 0; i < n; i++) nats += losses[i];
+    free(ids);
+    free(losses);
+    free(bytes);
+    model_free(&m);
+    return nats / (double)n;
+}
+
+static double printed_score(const char *name) {
+    char arguments[200];
+    snprintf(arguments, sizeof arguments, "m.safetensors --score %s", name);
+    size_t n;
+    char *line = sample(arguments) == 0 ? (char *)read_file(in_folder("out"), &n) : NULL;
+    double nats = line ? strtod(line, NULL) : NAN;
+    free(line);
+    return nats;
+}
+
+static void test_score(void) {
+    static const char *const files[] = {"one", "two", "field", "binary", "text", "long"};
+    for (int i = 0; i < 6; i++) {
+        double want = reference_score(files[i]);
+        check_error(fabs(printed_score(files[i]) - want) / want, 2e-6,
+                    "--score = the full forward pass over '%s', %.6f nats/byte", files[i], want);
+    }
+    check_fails("m.safetensors --score empty", 1, "empty");
+    check_fails("m.safetensors --score missing", 1, "No such file");
+    check_fails("m.safetensors --score .", 1, "directory");
+    double want = printed_score("text") * 2000 / log(2), sum = 0;
+    sample("m.safetensors --score text --heat");
+    size_t n;
+    char *table = (char *)read_file(in_folder("out"), &n), *row = table;
+    int rows = 0, right = 0;
+    while ((row = strchr(row, '\n')) && row[1]) {
+        long offset, byte;
+        double bits;
+        row++;
+        if (sscanf(row, "%ld\t%ld\t%lf", &offset, &byte, &bits) != 3) break;
+        right += offset == rows && byte == "the cat sat on the mat. "[rows % 24];
+        sum += bits;
+        rows++;
+    }
+    check(rows == 2000 && right == 2000, "--heat has a row for each byte");
+    check_error(fabs(sum - want) / want, 1e-4, "whose bits add up to the score");
+    free(table);
+}
+
+static void test_latents(void) {
+    check(sample("m.safetensors --latents z.npy long") == 0, "--latents of a file");
+    size_t n, k;
+    uint8_t *npy = read_file(in_folder("z.npy"), &n), *bytes = read_file(in_folder("long"), &k);
+    static const char want[] = "\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, "
+                               "'shape': (110000, 20), }";
+    need(npy != NULL && bytes != NULL, "the latents");
+    check(n == 128 + (size_t)LONG_FILE * 80 && memcmp(npy, want, sizeof want - 1) == 0 &&
+              npy[127] == '\n', "is an array that numpy reads");
+    Stream s;
+    Model m;
+    Error e;
+    if (checkpoint_load_model(&m, in_folder("m.safetensors"), cpu, 1, 1, &e) ||
+        stream_open(&s, &use, m.params, 1, &e))
+        need(false, e.text);
+    real z[20], logits[V];
+    size_t wrong = 0;
+    for (size_t i = 0; i < LONG_FILE; i++) {
+        int id = bytes[i];
+        stream_push(&s, &id, z, logits);
+        wrong += !same_bits(z, (real *)(void *)(npy + 128) + i * 20, 20);
+    }
+    check(wrong == 0, "and every one of its rows is that of a single stream, bit for bit");
+    stream_free(&s);
+    model_free(&m);
+    free(npy);
+    free(bytes);
+    check_fails("m.safetensors --latents z.npy two", 1, "--force");
+    check(sample("m.safetensors --latents z.npy two --force") == 0 &&
+              file_size("z.npy") == 128 + 2 * 80, "--force overwrites");
+    check(sample("m.safetensors --latents z.npy empty --force") == 0 && file_size("z.npy") == 128,
+          "an empty file has no rows");
+}
+
+static void test_compress(void) {
+    static const char *const files[] = {"empty", "one", "two", "field", "binary", "ones", "text"};
+    char arguments[300];
+    for (int i = 0; i < 7; i++) {
+        snprintf(arguments, sizeof arguments, "m.safetensors --compress %s z --force", files[i]);
+        int made = sample(arguments);
+        rename(in_folder("z"), in_folder("z1"));
+        strcat(arguments, " --threads 3");
+        made += sample(arguments);
+        check(made == 0 && same_files("z", "z1"), "'%s' compresses, whatever the threads",
+              files[i]);
+        check(sample("m.safetensors --decompress z back --force --threads 2") == 0 &&
+                  same_files("back", files[i]), "and comes back byte for byte");
+    }
+    check(sample("m.safetensors --compress long z --force") == 0, "a long file compresses");
+    double bits = 8 * (double)file_size("z") / LONG_FILE, score = printed_score("long") / log(2);
+    check_error(fabs(bits - score) / score, 1e-3, "to its score, %.4f bits/byte", score);
+    check(sample("m.safetensors --decompress z back --force") == 0 && same_files("back", "long"),
+          "and comes back byte for byte");
+    check(sample("sure.safetensors --compress binary z --force") == 0 &&
+              sample("sure.safetensors --decompress z back --force") == 0 &&
+              same_files("back", "binary"),
+          "what a model holds for impossible comes back, too (%.1f bits/byte)",
+          8 * (double)file_size("z") / 3000);
+    check_fails("m.safetensors --compress text z", 1, "--force");
+    sample("m.safetensors --compress text z --force");
+    check_fails("other.safetensors --decompress z new", 1, "another model");
+    check_fails("m.safetensors --decompress text new", 1, "not made by sample");
+    check_fails("m.safetensors --decompress empty new", 1, "not made by sample");
+    size_t n;
+    uint8_t *file = read_file(in_folder("z"), &n);
+    need(file != NULL && n > 200, "a compressed text");
+    int refusals = 0, tries = 0;
+    for (size_t at = 0; at < n; at += at < 32 || at + 9 > n ? 1 : n / 9) {  // the header, and some
+        file[at] ^= 0x10;
+        write_bytes(in_folder("bad"), file, n);
+        refusals += sample("m.safetensors --decompress bad new") == 1;
+        tries++;
+        file[at] ^= 0x10;
+    }
+    for (size_t cut = 0; cut < n; cut += n / 8, tries++) {
+        write_bytes(in_folder("bad"), file, cut);
+        refusals += sample("m.safetensors --decompress bad new") == 1;
+    }
+    file = realloc(file, n + 1);
+    need(file != NULL, "out of memory");
+    file[n] = 0;
+    write_bytes(in_folder("bad"), file, n + 1);
+    refusals += sample("m.safetensors --decompress bad new") == 1;
+    check(refusals == tries + 1, "of %d damaged, cut or longer files, %d are refused", tries + 1,
+          refusals);
+    file[24] ^= 1;  // of the content's checksum, and the header's is right again
+    uint64_t sum = checksum_add(CHECKSUM_START, file, 28);
+    for (int b = 0; b < 4; b++) file[28 + b] = (uint8_t)((sum ^ sum >> 32) >> (8 * b));
+    write_bytes(in_folder("bad"), file, n);
+    check_fails("m.safetensors --decompress bad new", 1, "checksum of the content");
+    check(file_size("new") < 0 && entries("new") == 0, "and nothing is left of them");
+    free(file);
+}
+
+static void test_usage(void) {
+    check_fails("", 2, "no model");
+    check_fails("m.safetensors --unknown", 2, "--unknown");
+    check_fails("m.safetensors --bytes -1", 2, "--bytes");
+    check_fails("m.safetensors --bytes 1x", 2, "--bytes");
+    check_fails("m.safetensors --temperature nan", 2, "--temperature");
+    check_fails("m.safetensors --top-p 1.5", 2, "--top-p");
+    check_fails("m.safetensors --streams 0", 2, "--streams");
+    check_fails("m.safetensors --seed ' -3'", 2, "--seed");
+    check_fails("m.safetensors --seed +3", 2, "--seed");
+    check_fails("m.safetensors --seed ''", 2, "--seed");
+    check_fails("m.safetensors --bytes ' 3'", 2, "--bytes");
+    check_fails("m.safetensors --bytes '3 '", 2, "--bytes");
+    check_fails("m.safetensors --temperature '\t1'", 2, "--temperature");
+    check_fails("m.safetensors --promt a", 2, "did you mean --prompt?");
+    check_fails("m.safetensors --tempreature 1", 2, "did you mean --temperature?");
+    check_fails("m.safetensors --fork", 2, "--fork; see");
+    check_fails("m.safetensors --top-q 1", 2, "--top-q; see");
+    check_fails("m.safetensors --html page", 2, "--score");
+    check_fails("m.safetensors --info --compress text z", 2, "choose one");
+    check_fails("m.safetensors --streams 2 --bytes 0", 2, "--bytes");
+    check_fails("m.safetensors --compress text", 2, "IN OUT");
+    check_fails("m.safetensors --latents x.npy", 2, "FILE");
+    check_fails("m.safetensors text", 2, "too many");
+    check_fails("m.safetensors --heat", 2, "--score");
+    check_fails("m.safetensors --prompt a --prompt-file text", 2, "--prompt");
+    check_fails("m.safetensors --score text --compress text z", 2, "choose one");
+    check_fails("missing.safetensors", 1, "No such file");
+    check_fails(".", 1, "./model.safetensors: No such file");
+    check_fails("text", 1, "not a safetensors file");
+    check_fails("state.safetensors", 1, "model.safetensors");
+    check_fails("m.safetensors --prompt-file missing", 1, "No such file");
+    check_fails("m.safetensors --compress text no/folder/z", 1, "No such file");
+    check(sample("--help") == 0 && file_size("out") > 500 && file_size("err") == 0, "--help");
+}
+
+int main(void) {
+    char here[1000];
+    const char *other = getenv("SAMPLE");
+    make_folder();
+    need(getcwd(here, sizeof here) != NULL, "the name of this folder");
+    snprintf(program, sizeof program, "%s%s", other ? "" : here, other ? other : "/sample");
+    need(access(program, X_OK) == 0, "./sample is built here");
+    make_files();
+    test_generate();
+    test_stop();
+    test_score();
+    test_page();
+    test_latents();
+    test_compress();
+    test_info();
+    test_standard_output();
+    test_outputs();
+    test_memory();
+    test_usage();
+    return remove_folder_and_finish();
+}
