@@ -1051,7 +1051,7 @@ static void test_mixers(void) {
     for (int i = 0; i < 4 * n_mixers; i++) {
         const char *mixer = mixers[i / 4]->name;
         char name[100];
-        Config c = {.channels = 17, .latent = i % 2 ? 17 : 25, .activation = ACT_gelu,
+        Config c = {.channels = 20, .latent = i % 2 ? 20 : 25, .activation = ACT_gelu,
                     .tie = i % 2};
         float dropout = i / 2 % 2 ? 0.2f : 0;
         snprintf(c.units, sizeof c.units, "2x(conv:3:1 %s block:2:1:3 3x(%s))", mixer, mixer);
