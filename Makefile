@@ -107,7 +107,7 @@ $(BUILD)/%_f64.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
 
 $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64: build/linked
-train: $(BUILD)/train.o $(BUILD)/data/language.o $(CORE)
+train: $(BUILD)/train.o $(BUILD)/support/run.o $(BUILD)/data/language.o $(CORE)
 bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)

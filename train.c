@@ -10,8 +10,7 @@
 #endif
 
 #include "data/language.h"
-#include "support/checkpoint.h"
-#include "support/options.h"
+#include "support/run.h"
 #include "support/stream.h"
 
 // ---- Options: the one table that parses, explains, is saved with a run and compared on resuming
@@ -184,25 +183,14 @@ static int load_data(Data *d, const Cli *cli, Error *e) {
 
 // ---- The run -----------------------------------------------------------------------------------
 
-typedef struct {
-    Cli cli;
-    Config config;
-    Data data;
-    const Backend *backend;
-    Model model, scorer;  // scorer: the same parameters, planned for inference
-    real *host;           // 4 n_params: on their way to a file or to the scorer
-    int64_t step;         // steps taken and seen by the host
-    double best;          // lowest held-out loss so far in nats per byte
-    int64_t best_step;
-    double best_seconds;  // from this process's first step to the end of that evaluation
-    real *best_params;    // (n_params)
-    bool best_unsaved;
-    int64_t saved_step;
-    FILE *log;
-    double started, last_seen, last_print, last_save;
-    int64_t first_step;  // of this process
+static Data data;
+static Model scorer;  // the same parameters as the run's model, planned for inference
+static struct {
+    double started, last_seen, last_print;
+    double best_seconds;  // from this process's first step to the end of the best's evaluation
+    int64_t first_step;   // of this process
     bool terminal, line_open;
-} Run;
+} watch;
 
 // SIGINT or SIGTERM came. All else is left to the loop in train(), which looks between steps.
 static volatile sig_atomic_t stop_signal;
@@ -212,18 +200,18 @@ static void on_signal(int s) { stop_signal = s; }
 static double bits(double nats) { return nats / 0.6931471805599453; }
 
 // Ends the line that redraws itself, before anything else is printed.
-static void end_line(Run *r) {
-    if (r->line_open) fputc('\n', stderr);
-    r->line_open = false;
+static void end_line(void) {
+    if (watch.line_open) fputc('\n', stderr);
+    watch.line_open = false;
 }
 
 // The training figures of the last step, at most ten times a second on a terminal and every five
 // seconds elsewhere.
 static void print_progress(Run *r, const StepFigures *f, bool now_please) {
     double t = now();
-    if (!now_please && t - r->last_print < (r->terminal ? 0.1 : 5)) return;
-    r->last_print = t;
-    double steps = (double)(r->step - r->first_step), seconds = t - r->started;
+    if (!now_please && t - watch.last_print < (watch.terminal ? 0.1 : 5)) return;
+    watch.last_print = t;
+    double steps = (double)(r->step - watch.first_step), seconds = t - watch.started;
     // Of this process: a resumed run's earlier steps took other time.
     double bytes = steps * (double)opt.batch * (double)opt.seq * (double)opt.accum / seconds;
     // Operations per byte: 2 to a parameter in forward, 4 in backward. The embedding is looked up,
@@ -234,24 +222,24 @@ static void print_progress(Run *r, const StepFigures *f, bool now_please) {
     int left = (int)((double)(opt.steps - r->step) * seconds / (steps > 0 ? steps : 1));
     fprintf(stderr, "%sstep %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
                     "lr %.2e  %dm%02ds left%s",
-            r->terminal ? "\r" : "", (long long)r->step, (long long)opt.steps, (double)f->loss,
+            watch.terminal ? "\r" : "", (long long)r->step, (long long)opt.steps, (double)f->loss,
             bits(f->loss), bytes, flops * bytes / 1e9, (double)f->lr, left / 60, left % 60,
-            r->terminal ? "  " : "\n");
-    r->line_open = r->terminal;
+            watch.terminal ? "  " : "\n");
+    watch.line_open = watch.terminal;
     fflush(stderr);
 }
 
 // Held-out loss of the averaged or the current parameters, nats per byte; leaves them in r->host.
 static double held_out_loss(Run *r) {
-    const Data *d = &r->data;
+    const Data *d = &data;
     double sum = 0, nats;
     Error e;
     model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
-    model_write(&r->scorer, r->scorer.params, r->host);
+    model_write(&scorer, scorer.params, r->host);
     for (int i = 0; i < d->n; i++) {
         const Text *t = &d->texts[i];
         // From n_train on; what stands before is context, as it would be in use.
-        if (model_score(&r->scorer, t->bytes, t->n, t->n_train, &nats, NULL, &e))
+        if (model_score(&scorer, t->bytes, t->n, t->n_train, &nats, NULL, &e))
             die(&r->cli, &e);
         sum += nats;
     }
@@ -267,286 +255,19 @@ static double loss_in_windows(Run *r) {
     double sum = 0, nats;
     size_t scored = 0;
     Error e;
-    model_write(&r->scorer, r->scorer.params, r->best_params);
-    for (int i = 0; i < r->data.n; i++) {
-        const Text *t = &r->data.texts[i];
+    model_write(&scorer, scorer.params, r->best_params);
+    for (int i = 0; i < data.n; i++) {
+        const Text *t = &data.texts[i];
         size_t n = t->n - t->n_train;
         if (n < 2) continue;
         // The scorer's rows are at least WINDOW long: open_models has seen to that.
-        if (model_score_windows(&r->scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats, NULL,
+        if (model_score_windows(&scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats, NULL,
                                 &e))
             die(&r->cli, &e);
         sum += nats;
         scored += n - 1;
     }
     return sum / (double)scored;
-}
-
-// ---- The folder: model.safetensors, state.safetensors, log.tsv ---------------------------------
-
-// opt.out/name, in buffer.
-static const char *path_in_out(char *buffer, size_t size, const char *name) {
-    snprintf(buffer, size, "%s/%s", opt.out, name);
-    return buffer;
-}
-
-// The best parameters so far, for others to use.
-static void save_model(Run *r) {
-    char path[4096], loss[32], step[32];
-    snprintf(loss, sizeof loss, "%.6f", r->best);
-    snprintf(step, sizeof step, "%lld", (long long)r->best_step);
-    Pair pairs[] = {{"step", step}, {"held_out_nats_per_byte", loss}};
-    Role role = {"", r->best_params};
-    Error e;
-    if (checkpoint_save(path_in_out(path, sizeof path, "model.safetensors"), &r->model, &role, 1,
-                        pairs, 2, &e))
-        die(&r->cli, &e);
-    r->best_unsaved = false;
-}
-
-// The metadata's key of option i; stays until the program ends, as a Pair needs.
-static const char *saved_key(int i) {
-    static char keys[N_OPTIONS][64];
-    snprintf(keys[i], sizeof keys[i], "option.%s", table[i].name);
-    return keys[i];
-}
-
-// All that resuming needs: the training arrays, the step, and every option that makes the run what
-// it is. Random numbers need nothing: they are a function of seed and step.
-static void save_state(Run *r) {
-    const Model *m = &r->model;
-    const struct { const char *name; const real *from; } arrays[] = {
-        {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
-    char path[4096], numbers[4][32];
-    // Not on the stack, 4096 bytes to an option. 1 << 16: what checkpoint.c reads back at most.
-    static char values[N_OPTIONS][4096], files[1 << 16];
-    // 5: step, best, best_step, text, files
-    Pair pairs[N_OPTIONS + 5];
-    Role roles[4];
-    int n_pairs = 0, n_roles = 0;
-    snprintf(numbers[0], 32, "%lld", (long long)r->step);
-    // %a: hexadecimal, so that the best comes back to the bit.
-    snprintf(numbers[1], 32, "%a", r->best);
-    snprintf(numbers[2], 32, "%lld", (long long)r->best_step);
-    snprintf(numbers[3], 32, "%016llx", (unsigned long long)r->data.hash);
-    pairs[n_pairs++] = (Pair){"step", numbers[0]};
-    pairs[n_pairs++] = (Pair){"best", numbers[1]};
-    pairs[n_pairs++] = (Pair){"best_step", numbers[2]};
-    pairs[n_pairs++] = (Pair){"text", numbers[3]};
-    // One name a line: what take_saved_files takes apart.
-    files[0] = 0;
-    for (int i = 0; i < r->cli.n_files; i++) {
-        size_t used = strlen(files);
-        snprintf(files + used, sizeof files - used, "%s\n", r->cli.files[i]);
-    }
-    pairs[n_pairs++] = (Pair){"files", files};
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (table[i].saved)
-            pairs[n_pairs++] = (Pair){saved_key(i), option_text(&table[i], values[i], 4096)};
-    for (int i = 0; i < 4; i++) {
-        // Without --ema there is no average.
-        if (!arrays[i].from) continue;
-        real *host = r->host + (size_t)n_roles * m->n_params;
-        model_read(m, host, arrays[i].from);
-        roles[n_roles++] = (Role){arrays[i].name, host};
-    }
-    Error e;
-    if (checkpoint_save(path_in_out(path, sizeof path, "state.safetensors"), m, roles, n_roles,
-                        pairs, n_pairs, &e))
-        die(&r->cli, &e);
-}
-
-// Both files; the model first, so that the best which a state speaks of is there to go on with.
-static void save(Run *r) {
-    if (r->best_unsaved) save_model(r);
-    save_state(r);
-    r->saved_step = r->step;
-    r->last_save = now();
-}
-
-// A copy that outlives the checkpoint: options and file names stay until the program ends.
-static char *copy_text(const char *text) {
-    char *copy = malloc(strlen(text) + 1);
-    if (!copy) abort();
-    return strcpy(copy, text);
-}
-
-// Takes a saved run's options for those not given; refuses one that is given and differs. Only
-// --steps may change: it moves the end of the learning-rate schedule.
-static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
-    for (int i = 0; i < N_OPTIONS; i++) {
-        char given[4096];
-        Option *o = &table[i];
-        const char *saved = o->saved ? checkpoint_get(ck, saved_key(i)) : NULL;
-        if (!o->saved) continue;
-        if (!saved)
-            return fail(e, "%s: no %s in its metadata: another version of this program wrote it, "
-                           "start anew", ck->name, saved_key(i));
-        if (o->given && strcmp(option_text(o, given, sizeof given), saved) != 0) {
-            if (strcmp(o->name, "steps") != 0)
-                return fail(e, "%s: that run has --%s %s, not %s; leave the option out to go on "
-                               "with it", ck->name, o->name, *saved ? saved : "(none)", given);
-            fprintf(stderr, "note: --steps was %s: the learning rate now falls until %s\n", saved,
-                    given);
-        } else if (o->kind == OPT_FLAG) {
-            // Not given: what the run had. A text that was not set is saved as "".
-            *(bool *)o->value = strcmp(saved, "yes") == 0;
-        } else if (o->kind != OPT_TEXT || *saved) {
-            parse_value(cli, o, o->kind == OPT_TEXT ? copy_text(saved) : saved);
-        }
-    }
-    return 0;
-}
-
-// The texts of a saved run, one name a line, where none is given. (Standard input must be again.)
-static int take_saved_files(Cli *cli, const Checkpoint *ck, Error *e) {
-    const char *saved = checkpoint_get(ck, "files");
-    if (!saved) return fail(e, "%s: no files in its metadata", ck->name);
-    if (cli->n_files || !*saved) return 0;
-    free(cli->files);
-    char *names = copy_text(saved), *save;
-    size_t most = 1;
-    for (const char *p = names; *p; p++) most += *p == '\n';
-    cli->files = calloc(most, sizeof *cli->files);
-    if (!cli->files) return fail(e, "out of memory");
-    for (char *name = strtok_r(names, "\n", &save); name; name = strtok_r(NULL, "\n", &save))
-        cli->files[cli->n_files++] = name;
-    return 0;
-}
-
-// All of text as a number; -1 if it is none.
-static int parse_int64(const char *text, int64_t *x) {
-    char *end;
-    if (!text) return -1;
-    *x = strtoll(text, &end, 10);
-    return *text && !*end ? 0 : -1;
-}
-
-// Parameters, moments, average, step and best of the state file. (open_log cuts back the log.)
-static int load_state(Run *r, const Checkpoint *ck, Error *e) {
-    Model *m = &r->model;
-    const struct { const char *name; real *to; } arrays[] = {
-        {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
-    char hash[32], *end;
-    // The configuration first: r->host has room for this model's parameters, not for any other's.
-    if (checkpoint_match(ck, &r->config, e)) return -1;
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->data.hash);
-    const char *text = checkpoint_get(ck, "text"), *best = checkpoint_get(ck, "best");
-    if (!text || strcmp(text, hash) != 0)
-        return fail(e, "%s: that run had another text (or another split of it): give the same "
-                       "files in the same order", ck->name);
-    if (!best || parse_int64(checkpoint_get(ck, "step"), &r->step) ||
-        parse_int64(checkpoint_get(ck, "best_step"), &r->best_step) || r->step < 0 ||
-        r->step > UINT32_MAX)
-        return fail(e, "%s: step, best or best_step is missing or no number", ck->name);
-    r->best = strtod(best, &end);
-    for (int i = 0; i < 4; i++) {
-        if (!arrays[i].to) continue;
-        if (checkpoint_read(ck, arrays[i].name, r->host, e)) return -1;
-        model_write(m, arrays[i].to, r->host);
-    }
-    // Random numbers and learning rate are functions of the step's number: nothing else is missing.
-    StepState *state = calloc(1, sizeof *state);
-    if (!state) return fail(e, "out of memory");
-    state->step = (uint32_t)r->step;
-    r->backend->upload(m->state, state, sizeof *state);
-    free(state);
-    r->saved_step = r->step;
-    return 0;
-}
-
-// The best parameters of a run that goes on; before its first evaluation there are none.
-static int load_best(Run *r, Error *e) {
-    Checkpoint ck;
-    char path[4096];
-    if (r->best_step == 0) return 0;
-    if (checkpoint_open(&ck, path_in_out(path, sizeof path, "model.safetensors"), e)) return -1;
-    int status = checkpoint_match(&ck, &r->config, e);
-    if (status == 0) status = checkpoint_read(&ck, "", r->best_params, e);
-    checkpoint_close(&ck);
-    return status;
-}
-
-// The CPU as Linux names it: figures mean little without it.
-static const char *machine_name(char *buffer, size_t size) {
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    char line[256];
-    snprintf(buffer, size, "unknown CPU");
-    while (f && fgets(line, sizeof line, f)) {
-        char *name = strstr(line, "model name") == line ? strchr(line, ':') : NULL;
-        if (!name) continue;
-        name[strcspn(name, "\n")] = 0;
-        snprintf(buffer, size, "%s", name + 2);
-        break;
-    }
-    if (f) fclose(f);
-    return buffer;
-}
-
-static int threads_in_use(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-// A new log with its header, or on resuming the old one without the rows after r->step.
-static int open_log(Run *r, bool resumed, Error *e) {
-    char path[4096], line[8192], name[128], value[4096];
-    path_in_out(path, sizeof path, "log.tsv");
-    FILE *old = resumed ? fopen(path, "r") : NULL;
-    Output out;
-    if (output_open(&out, path, true, e)) return -1;
-    if (old) {
-        while (fgets(line, sizeof line, old))
-            // Comments and header stay; steps after the saved one will be taken and logged again.
-            if (line[0] == '#' || line[0] == 's' || atoll(line) <= r->step) fputs(line, out.file);
-        fclose(old);
-        fprintf(out.file, "# resumed at step %lld\n", (long long)r->step);
-    } else {
-        fprintf(out.file, "# fuzzytok.c on %s, %s backend, %d threads\n",
-                machine_name(name, sizeof name), r->backend->name, threads_in_use());
-        fprintf(out.file, "# %zu parameters, receptive field %lld bytes\n#", r->model.n_params,
-                (long long)config_receptive_field(&r->config));
-        for (int i = 0; i < N_OPTIONS; i++) {  // as they would be typed
-            const Option *o = &table[i];
-            if (!o->saved) continue;
-            option_text(o, value, sizeof value);
-            if (o->kind == OPT_FLAG)
-                fprintf(out.file, " --%s%s", *(bool *)o->value ? "" : "no-", o->name);
-            else if (*value)
-                fprintf(out.file, strchr(value, ' ') ? " --%s \"%s\"" : " --%s %s", o->name, value);
-        }
-        fprintf(out.file, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
-    }
-    // Whole under its name first; from now on rows are appended.
-    if (output_commit(&out, e)) return -1;
-    r->log = fopen(path, "a");
-    return r->log ? 0 : fail(e, "cannot write %s: %s", path, strerror(errno));
-}
-
-// Makes opt.out. A finished or interrupted run that is there already is moved aside, not lost.
-static int make_folder(Error *e) {
-    char path[4096], aside[4096];
-    struct stat st;
-    bool there = stat(path_in_out(path, sizeof path, "state.safetensors"), &st) == 0 ||
-                 stat(path_in_out(path, sizeof path, "model.safetensors"), &st) == 0;
-    if (there) {
-        for (int i = 1; i < 100000; i++) {
-            snprintf(aside, sizeof aside, "%s.%d", opt.out, i);
-            if (stat(aside, &st) != 0) break;
-        }
-        if (rename(opt.out, aside))
-            return fail(e, "cannot move the earlier run %s aside: %s", opt.out, strerror(errno));
-        fprintf(stderr, "note: the run that was in %s is now in %s\n", opt.out, aside);
-    }
-    if (mkdir(opt.out, 0777) && errno != EEXIST)
-        return fail(e, "cannot make the folder %s: %s", opt.out, strerror(errno));
-    // Refused now, not when the first save would have to be given up.
-    if (stat(opt.out, &st) || !S_ISDIR(st.st_mode) || access(opt.out, W_OK))
-        return fail(e, "cannot write into %s, expected a folder: choose another --out", opt.out);
-    return 0;
 }
 
 // ---- Beginning, steps, end ---------------------------------------------------------------------
@@ -629,13 +350,13 @@ static int open_models(Run *r, Error *e) {
         return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
                        "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
     if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e) ||
-        model_open(&r->scorer, r->backend, &r->config, (int)B, (int)T, NULL, e))
+        model_open(&scorer, r->backend, &r->config, (int)B, (int)T, NULL, e))
         return -1;
     // 4: params, m, v and ema of a state file at once
     r->host = malloc(4 * r->model.n_params * sizeof *r->host);
     r->best_params = malloc(r->model.n_params * sizeof *r->best_params);
     if (!r->host || !r->best_params) return fail(e, "out of memory");
-    const Data *d = &r->data;
+    const Data *d = &data;
     return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
 }
 
@@ -716,20 +437,26 @@ static void print_plan(const Run *r) {
     for (int i = 0; i < m->n_memory; i++)
         fprintf(stderr, "  %-24s %10.2f MB\n", m->memory[i].role, (double)m->memory[i].bytes / 1e6);
     fprintf(stderr, "%.1f MB to train, %.1f MB to evaluate\n", (double)model_memory(m) / 1e6,
-            (double)model_memory(&r->scorer) / 1e6);
-    for (int i = 0; i < r->data.n; i++) {
-        const Text *t = &r->data.texts[i];
+            (double)model_memory(&scorer) / 1e6);
+    for (int i = 0; i < data.n; i++) {
+        const Text *t = &data.texts[i];
         fprintf(stderr, "%s: %zu bytes, of them %zu held out\n", t->name, t->n, t->n - t->n_train);
     }
-    if (r->data.floor > 0)
+    if (data.floor > 0)
         fprintf(stderr, "its entropy is known: no model gets below %.4f bits/byte\n",
-                r->data.floor);
+                data.floor);
+}
+
+static void save(Run *r) {
+    Error e;
+    if (run_save(r, &e)) die(&r->cli, &e);
 }
 
 // Ends a run that cannot go on, with the best of it on disk.
 static void stop_run(Run *r, const Error *e) {
-    end_line(r);
-    if (r->best_unsaved) save_model(r);
+    end_line();
+    Error second;  // the first is what is said
+    if (r->best_unsaved) run_save_model(r, &second);
     die(&r->cli, e);
 }
 
@@ -750,7 +477,7 @@ static void stop_not_finite(Run *r, const StepFigures *f) {
     fail(&e, "step %lld: %s is not finite (loss %g). That step changed nothing%s%s. Try a lower "
              "--lr, more --warmup or --clip 1",
          (long long)r->step + 1, find_culprit(r), (double)f->loss,
-         r->best_step ? "; the best before it stays in " : "", r->best_step ? opt.out : "");
+         r->best_step ? "; the best before it stays in " : "", r->best_step ? r->folder : "");
     stop_run(r, &e);
 }
 
@@ -772,7 +499,7 @@ static void see_steps(Run *r, int64_t queued) {
                 (double)f->grad_norm, (double)f->lr);
     }
     fflush(r->log);
-    r->last_seen = now();
+    watch.last_seen = now();
     // The backend counts only steps that were taken. One that is missing was not finite, and those
     // queued behind it were the same one again: same step, same text, same parameters.
     if (r->step < queued) stop_not_finite(r, &state.ring[r->step % RING]);
@@ -785,7 +512,7 @@ static void evaluate(Run *r) {
     // Without held-out text the last parameters are the best.
     bool better = true;
     double loss = NAN;
-    if (r->data.n_held_out > 0) {
+    if (data.n_held_out > 0) {
         loss = held_out_loss(r);
         if (!isfinite(loss)) {
             Error e;
@@ -794,12 +521,12 @@ static void evaluate(Run *r) {
             stop_run(r, &e);
         }
         better = loss < r->best;
-        end_line(r);
+        end_line();
         fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
                 (long long)r->step, loss, bits(loss), exp(loss));
-        if (r->data.floor > 0)
-            fprintf(stderr, ", %.4f bits/byte above the floor", bits(loss) - r->data.floor);
-        fprintf(stderr, "  %.2f s%s\n", now() - r->started, better ? "  (best so far)" : "");
+        if (data.floor > 0)
+            fprintf(stderr, ", %.4f bits/byte above the floor", bits(loss) - data.floor);
+        fprintf(stderr, "  %.2f s%s\n", now() - watch.started, better ? "  (best so far)" : "");
         fprintf(r->log, "%lld\tnan\t%.9g\tnan\tnan\n", (long long)r->step, loss);
         fflush(r->log);
     } else {
@@ -810,7 +537,7 @@ static void evaluate(Run *r) {
         r->best_step = r->step;
         memcpy(r->best_params, r->host, r->model.n_params * sizeof *r->host);
         r->best_unsaved = true;
-        r->best_seconds = now() - r->started;
+        watch.best_seconds = now() - watch.started;
     }
     // r->host holds what was just judged. After the last step main() prints a sample of the best.
     if (opt.sample_every && r->step % opt.sample_every == 0 && r->step < opt.steps)
@@ -821,8 +548,8 @@ static void evaluate(Run *r) {
 // Queues steps without waiting for them; sees them when an evaluation is due, before the ring of
 // figures is full, on a signal, and ten times a second.
 static void train(Run *r) {
-    r->first_step = r->step;
-    r->started = r->last_seen = r->last_save = now();
+    watch.first_step = r->step;
+    watch.started = watch.last_seen = r->last_save = now();
     // r->step counts what the host has seen, queued what it has asked for.
     int64_t queued = r->step;
     while (queued < opt.steps && !stop_signal) {
@@ -831,26 +558,26 @@ static void train(Run *r) {
         // A sample comes with an evaluation, which brings the parameters to the host.
         bool due = queued % opt.eval_every == 0 || queued == opt.steps ||
                    (opt.sample_every && queued % opt.sample_every == 0);
-        if (due || stop_signal || queued - r->step >= RING / 2 || now() - r->last_seen > 0.1)
+        if (due || stop_signal || queued - r->step >= RING / 2 || now() - watch.last_seen > 0.1)
             see_steps(r, queued);
         if (due) evaluate(r);
     }
     if (queued > r->step) see_steps(r, queued);  // the signal came after the last look
-    end_line(r);
+    end_line();
     // Also after a signal: no step that was taken is lost.
     if (r->step != r->saved_step) save(r);
 }
 
 // What the run came to: on the terminal, and without the time, which no two runs share, in the log.
 static void print_result(Run *r) {
-    double seconds = now() - r->started;
-    if (r->data.n_held_out > 0) {
+    double seconds = now() - watch.started;
+    if (data.n_held_out > 0) {
         double windows = loss_in_windows(r);
         fprintf(stderr, "best held-out loss %.4f nats/byte at step %lld", r->best,
                 (long long)r->best_step);
-        if (r->best_step > r->first_step)
-            fprintf(stderr, ", %.2f s after %s began", r->best_seconds,
-                    r->first_step ? "this part of the run" : "the first step");
+        if (r->best_step > watch.first_step)
+            fprintf(stderr, ", %.2f s after %s began", watch.best_seconds,
+                    watch.first_step ? "this part of the run" : "the first step");
         // Not NAN: there was a position to judge.
         if (windows == windows) {
             fprintf(stderr, "\nin windows of %d bytes that do not overlap, as nanoGPT counts: "
@@ -861,7 +588,7 @@ static void print_result(Run *r) {
         }
         fprintf(stderr, "\n");
     }
-    fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, opt.out);
+    fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, r->folder);
 }
 
 static bool on_gpu(const Run *r) {
@@ -872,28 +599,22 @@ static bool on_gpu(const Run *r) {
 // which cannot start leaves no trace.
 static int begin(Run *r, Error *e) {
     static Checkpoint ck;
-    char path[4096];
+    r->folder = opt.resume ? opt.resume : opt.out;
     // The saved run's options first: the model, the texts and the backend follow from them.
-    if (opt.resume) {
-        opt.out = opt.resume;
-        path_in_out(path, sizeof path, "state.safetensors");
-        if (checkpoint_open(&ck, path, e)) return -1;
-        if (!ck.is_state) return fail(e, "%s is a model, not the state of a run", path);
-        if (take_saved_options(&r->cli, &ck, e) || take_saved_files(&r->cli, &ck, e)) return -1;
-    }
+    if (opt.resume && run_open_state(r, &ck, e)) return -1;
     r->best = INFINITY;
     r->saved_step = -1;  // nothing yet
     if (config_of_options(&r->config, e)) return -1;
     if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
     // A GPU's kernels are held against the CPU's before they are trusted with a run.
     if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
-    if (load_data(&r->data, &r->cli, e) || open_models(r, e))
+    if (load_data(&data, &r->cli, e) || open_models(r, e))
         return -1;
-    int failed = opt.resume ? load_state(r, &ck, e) || load_best(r, e)
-                            : model_init_params(&r->model, opt.seed, e);
+    r->text = data.hash;
+    int failed = opt.resume ? run_load(r, &ck, e) : model_init_params(&r->model, opt.seed, e);
     checkpoint_close(&ck);
-    if (failed || (!opt.resume && make_folder(e)) || open_log(r, opt.resume != NULL, e)) return -1;
-    return 0;
+    if (failed || (!opt.resume && run_make_folder(r, e))) return -1;
+    return run_open_log(r, opt.resume != NULL, e);
 }
 
 // What --units may hold, for --help: a line for each mixer.
@@ -935,7 +656,7 @@ int main(int argc, char **argv) {
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
     // A progress line redraws itself only there; in a file each is a line of its own.
-    r->terminal = isatty(2);
+    watch.terminal = isatty(2);
     if (begin(r, &e)) die(&r->cli, &e);
     print_plan(r);
 
@@ -946,7 +667,7 @@ int main(int argc, char **argv) {
     train(r);
     if (r->step < opt.steps) {
         fprintf(stderr, "stopped after step %lld; go on with: ./train --resume %s\n",
-                (long long)r->step, opt.out);
+                (long long)r->step, r->folder);
         return 0;
     }
     print_result(r);
