@@ -74,7 +74,7 @@ endif
 MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c support/units.c support/score.c \
 	support/stream.c $(wildcard mixers/*.c))
 CORE := $(MODEL) $(BUILD)/support/checkpoint.o $(BUILD)/support/output.o $(CUDA_OBJECTS)
-TESTS := test_gradcheck test_causality test_units test_model test_sample test_kernels
+TESTS := test_gradcheck test_causality test_units test_model test_run test_sample test_kernels
 PROGRAMS := train sample bench data/language
 
 all: $(PROGRAMS) $(TESTS)
@@ -107,14 +107,16 @@ $(BUILD)/%_f64.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
 
 $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64: build/linked
-train: $(BUILD)/train.o $(BUILD)/support/run.o $(BUILD)/data/language.o $(CORE)
+RUN_OBJECTS := $(patsubst %,$(BUILD)/support/%.o,run texts progress) $(BUILD)/data/language.o
+train: $(BUILD)/train.o $(RUN_OBJECTS) $(CORE)
 bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)
 sample test_causality: %: $(BUILD)/%.o $(CORE)
 test_units test_model test_sample test_kernels: %: $(BUILD)/tests/%.o $(CORE)
+test_run: $(BUILD)/tests/test_run.o $(RUN_OBJECTS) $(CORE)
 test_units: test_units_f64
-train sample test_causality test_units test_model test_sample test_kernels:
+train sample test_causality test_units test_model test_run test_sample test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
 data/language: data/language.c data/language.h
 	$(CC) $(ALL_CFLAGS) -DLANGUAGE_MAIN $< -o $@ $(LIBS)

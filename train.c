@@ -9,9 +9,10 @@
 #include <omp.h>
 #endif
 
-#include "data/language.h"
+#include "support/progress.h"
 #include "support/run.h"
 #include "support/stream.h"
+#include "support/texts.h"
 
 // ---- Options: the one table that parses, explains, is saved with a run and compared on resuming
 
@@ -19,14 +20,14 @@ typedef struct {
     int preset;
     // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
     int64_t steps, batch, seq, accum, warmup, channels, latent, eval_every, threads;
-    int64_t sample_bytes, sample_every;
+    int64_t val_bytes, sample_bytes, sample_every;
     double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
     // val_frac of each text; save_every in seconds
-    double val_frac, save_every;
+    double val_frac, save_every, minutes;
     uint64_t seed;
     int activation, device;
     bool tie, at_once, no_selftest, tensors;
-    const char *units, *val, *out, *resume, *kernels;
+    const char *units, *val, *out, *resume, *init, *kernels;
 } Options;
 
 // The defaults: the recipe sought on TinyShakespeare, where it does not depend on that text.
@@ -58,6 +59,20 @@ static const struct {
      "--seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
      "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
 };
+// What a budget of operations buys with --minutes: from so many on this row, where no size is
+// given.
+static const struct {
+    double from;
+    const char *units, *options;
+} sizes[] = {
+    {0, "2x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
+     "--channels 64 --batch 16 --seq 256 --lr 1e-2 --weight-decay 1 --dropout 0 "
+     "--byte-dropout 0.02 --no-at-once"},
+    {9e12, "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
+     "--channels 128 --batch 16 --seq 512 --lr 6e-3 --weight-decay 1 --dropout 0.02 "
+     "--byte-dropout 0.05 --no-at-once"},
+};
+enum { N_SIZES = sizeof sizes / sizeof *sizes, MIDDLE_SIZE = 1 };
 static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
 // The bounds judge one value at a time; how values go together is judged by config_check and
@@ -71,7 +86,8 @@ static Option table[] = {
     CHOICE("activation", SAVED, &opt.activation, activation_names, "F", "of units that name none"),
     FLAG("tie", SAVED, &opt.tie, "the head is the embedding, transposed"),
     NUMBER("softcap", SAVED, &opt.softcap, 0, 1e6, "S", "logits = S tanh(logits/S), 0 = off"),
-    SECTION("training"),
+    SECTION("training; on a CPU without --minutes, --steps and --preset: --minutes 5"),
+    NUMBER("minutes", NOT_SAVED, &opt.minutes, 0, 1e6, "X", "fit steps and size to the time"),
     INT("steps", SAVED, &opt.steps, 1, 2e9, "N", "optimizer steps"),
     INT("batch", SAVED, &opt.batch, 1, 1 << 20, "B", "windows of a pass"),
     INT("seq", SAVED, &opt.seq, 1, 1 << 24, "T", "bytes of a window"),
@@ -91,12 +107,14 @@ static Option table[] = {
     SECTION("data and evaluation"),
     NUMBER("val-frac", SAVED, &opt.val_frac, 0, 0.9, "X", "last part of each text, held out"),
     TEXT("val", SAVED, &opt.val, "FILE", "hold out this text instead"),
+    INT("val-bytes", SAVED, &opt.val_bytes, 0, 1e15, "N", "before the end, 0 = by eval-every"),
     INT("eval-every", SAVED, &opt.eval_every, 1, 2e9, "N", "steps between evaluations"),
     INT("sample-bytes", NOT_SAVED, &opt.sample_bytes, 0, 1e6, "N", "length of a sample"),
     INT("sample-every", NOT_SAVED, &opt.sample_every, 0, 2e9, "N", "steps between, 0 = at the end"),
     SECTION("the run"),
     TEXT("out", NOT_SAVED, &opt.out, "DIR", "where model, state and log go"),
     TEXT("resume", NOT_SAVED, &opt.resume, "DIR", "go on with the run in DIR"),
+    TEXT("init", NOT_SAVED, &opt.init, "MODEL", "begin with its weights: a file, or a run's DIR"),
     NUMBER("save-every", NOT_SAVED, &opt.save_every, 0, 1e9, "S", "seconds between savings"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
@@ -107,170 +125,132 @@ static Option table[] = {
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
-// ---- Texts -------------------------------------------------------------------------------------
+// ---- The run ------------------------------------------------------------------------------------
 
-typedef struct {
-    const char *name;
-    uint8_t *bytes;
-    size_t n, n_train;  // bytes[n_train..] are held out
-} Text;
-
-typedef struct {
-    Text *texts;  // the last one is --val, wholly held out, where that is given
-    int n;
-    uint8_t *train;  // the training parts, back to back
-    uint64_t *lengths;
-    size_t n_train, n_held_out;
-    double floor;   // entropy in bits per byte, where it is known; else 0
-    uint64_t hash;  // of all bytes and where they are split: what a resumed run must find again
-} Data;
-
-// 1 MiB, about the size of TinyShakespeare.
-enum { BUILT_IN_BYTES = 1 << 20, BUILT_IN_SEED = 1 };
-
-// The file of that name, or with NULL the built-in corpus; the part `held_out` at its end is not
-// for training.
-static int load_text(Text *t, const char *name, double held_out, Error *e) {
-    t->name = name;
-    if (name) {
-        if (read_whole(name, &t->bytes, &t->n, e)) return -1;
-        if (t->n == 0) return fail(e, "%s is empty, expected text", name);
-    } else {
-        t->name = "the built-in corpus";
-        t->n = BUILT_IN_BYTES;
-        t->bytes = malloc(t->n);
-        if (!t->bytes) return fail(e, "out of memory for the built-in corpus");
-        language_write(t->bytes, t->n, BUILT_IN_SEED, NULL);
-    }
-    t->n_train = (size_t)((double)t->n * (1 - held_out));
-    return 0;
-}
-
-// Reads all files (none: the built-in corpus), splits them and joins the training parts.
-static int load_data(Data *d, const Cli *cli, Error *e) {
-    int n_files = cli->n_files ? cli->n_files : 1;
-    *d = (Data){.n = n_files + (opt.val != NULL), .hash = CHECKSUM_START};
-    d->texts = calloc((size_t)d->n, sizeof *d->texts);
-    d->lengths = calloc((size_t)d->n, sizeof *d->lengths);
-    if (!d->texts || !d->lengths) return fail(e, "out of memory");
-    for (int i = 0; i < n_files; i++)
-        // (files ends in NULL: without files, that is the one name.)
-        if (load_text(&d->texts[i], cli->files[i], opt.val ? 0 : opt.val_frac, e)) return -1;
-    if (opt.val && load_text(&d->texts[n_files], opt.val, 1, e)) return -1;
-    // Known of the language that writes the built-in corpus, not of other texts.
-    if (!cli->n_files && !opt.val) d->floor = language_entropy();
-    for (int i = 0; i < d->n; i++) d->n_train += d->texts[i].n_train;
-    // + 1: malloc(0) may give NULL
-    d->train = malloc(d->n_train + 1);
-    if (!d->train) return fail(e, "out of memory for %zu bytes of text", d->n_train);
-    size_t at = 0;
-    for (int i = 0; i < d->n; i++) {
-        const Text *t = &d->texts[i];
-        d->lengths[i] = t->n_train;
-        memcpy(d->train + at, t->bytes, t->n_train);
-        at += t->n_train;
-        d->n_held_out += t->n - t->n_train;
-        // With the sizes in it, another split of the same bytes is another hash.
-        uint64_t sizes[2] = {t->n, t->n_train};
-        d->hash = checksum_add(checksum_add(d->hash, sizes, sizeof sizes), t->bytes, t->n);
-        if (i < n_files && t->n_train <= (size_t)opt.seq)
-            return fail(e, "%s has %zu bytes for training, less than one window of --seq %lld + 1: "
-                           "use a smaller --seq or more text",
-                        t->name, t->n_train, (long long)opt.seq);
-    }
-    return 0;
-}
-
-// ---- The run -----------------------------------------------------------------------------------
-
-static Data data;
+static Texts data;
 static Model scorer;  // the same parameters as the run's model, planned for inference
+static real *init_params;  // (n_params) of --init, or NULL
+static Progress progress;
 static struct {
-    double started, last_seen, last_print;
-    double best_seconds;  // from this process's first step to the end of the best's evaluation
-    int64_t first_step;   // of this process
-    bool terminal, line_open;
+    double began, started;    // this process; its first step
+    double last_seen;
+    double best_seconds;      // from the first step to the end of the best's evaluation
+    int64_t first_step;       // of this process
+    size_t scored, to_score;  // bytes of the evaluation under way
 } watch;
 
-// SIGINT or SIGTERM came. All else is left to the loop in train(), which looks between steps.
+// SIGINT or SIGTERM came: train() looks between steps, look() between the passes of an evaluation.
+// A second one ends the program at once.
 static volatile sig_atomic_t stop_signal;
-static void on_signal(int s) { stop_signal = s; }
+static void on_signal(int s) {
+    stop_signal = s;
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+}
+
+// Bytes of a step.
+static double step_bytes(void) {
+    return (double)opt.batch * (double)opt.seq * (double)opt.accum;
+}
 
 // A nat is 1/ln 2 bits.
 static double bits(double nats) { return nats / 0.6931471805599453; }
 
-// Ends the line that redraws itself, before anything else is printed.
-static void end_line(void) {
-    if (watch.line_open) fputc('\n', stderr);
-    watch.line_open = false;
+// Operations of a step: 2 to a parameter and byte in forward, 4 in backward. The embedding is
+// looked up, which costs none, unless the head, tied to it, multiplies by it.
+static double step_operations(const Run *r) {
+    size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
+    return 6.0 * (double)(r->model.n_params - looked_up) * step_bytes();
 }
 
 // The training figures of the last step, at most ten times a second on a terminal and every five
 // seconds elsewhere.
 static void print_progress(Run *r, const StepFigures *f, bool now_please) {
-    double t = now();
-    if (!now_please && t - watch.last_print < (watch.terminal ? 0.1 : 5)) return;
-    watch.last_print = t;
-    double steps = (double)(r->step - watch.first_step), seconds = t - watch.started;
+    if (!now_please && !progress_due(&progress, 0.1, 5)) return;
     // Of this process: a resumed run's earlier steps took other time.
-    double bytes = steps * (double)opt.batch * (double)opt.seq * (double)opt.accum / seconds;
-    // Operations per byte: 2 to a parameter in forward, 4 in backward. The embedding is looked up,
-    // which costs none, unless the head, tied to it, multiplies by it.
-    size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
-    double flops = 6.0 * (double)(r->model.n_params - looked_up);
-    // Seconds, at this process's pace so far.
-    int left = (int)((double)(opt.steps - r->step) * seconds / (steps > 0 ? steps : 1));
-    fprintf(stderr, "%sstep %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
-                    "lr %.2e  %dm%02ds left%s",
-            watch.terminal ? "\r" : "", (long long)r->step, (long long)opt.steps, (double)f->loss,
-            bits(f->loss), bytes, flops * bytes / 1e9, (double)f->lr, left / 60, left % 60,
-            watch.terminal ? "  " : "\n");
-    watch.line_open = watch.terminal;
-    fflush(stderr);
+    double pace = (double)(r->step - watch.first_step) / (now() - watch.started);
+    char left[32];
+    progress_line(&progress,
+                  "step %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
+                  "lr %.2e  %s left",
+                  (long long)r->step, (long long)opt.steps, (double)f->loss, bits(f->loss),
+                  pace * step_bytes(), pace * step_operations(r) / 1e9, (double)f->lr,
+                  duration(progress_left(&progress, r->step, opt.steps), left, sizeof left));
 }
 
-// Held-out loss of the averaged or the current parameters, nats per byte; leaves them in r->host.
-static double held_out_loss(Run *r) {
-    const Data *d = &data;
-    double sum = 0, nats;
+// ---- Evaluation ---------------------------------------------------------------------------------
+
+// Asked between the passes of an evaluation: shows how far it is, and ends it on a signal.
+static bool look(size_t scored) {
+    if (progress_due(&progress, 1, 30))
+        progress_line(&progress, "evaluating: %.0f %% of %zu bytes",
+                      100 * (double)(watch.scored + scored) / (double)watch.to_score,
+                      watch.to_score);
+    return stop_signal != 0;
+}
+
+// How many held-out bytes an evaluation scores before the end of the run, where the last figure is
+// of all. By default so many that evaluations cost at most a tenth of the training: forward is a
+// third of a step's operations, and 3/10 of a third is a tenth. The count follows from the options
+// and not from the clock, so that a resumed run scores the same bytes. At least 128 KiB, which is
+// all of TinyShakespeare's held-out tenth.
+static size_t middle_bytes(void) {
+    double bytes = opt.val_bytes > 0 ? (double)opt.val_bytes
+                                     : 0.3 * (double)opt.eval_every * step_bytes();
+    if (opt.val_bytes == 0 && bytes < 1 << 17) bytes = 1 << 17;
+    return bytes < (double)data.n_held_out ? (size_t)bytes : data.n_held_out;
+}
+
+// The scorer's loss in nats per byte on about `most` held-out bytes, of which every text gives its
+// share, evenly spread; *scored: how many they were. 1: a signal came.
+static int held_out_loss(Run *r, size_t most, double *loss, size_t *scored) {
+    double sum = 0;
     Error e;
-    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
-    model_write(&scorer, scorer.params, r->host);
-    for (int i = 0; i < d->n; i++) {
-        const Text *t = &d->texts[i];
-        // From n_train on; what stands before is context, as it would be in use.
-        if (model_score(&scorer, t->bytes, t->n, t->n_train, &nats, NULL, &e))
-            die(&r->cli, &e);
-        sum += nats;
+    watch.scored = 0;
+    watch.to_score = most;
+    for (int i = 0; i < data.n; i++) {
+        const Text *t = &data.texts[i];
+        size_t held = t->n - t->n_train;
+        double share = (double)most / (double)data.n_held_out * (double)held;
+        // What stands before n_train is context, as it would be in use.
+        int status = model_score_part(&scorer, t->bytes, t->n, t->n_train,
+                                      most < data.n_held_out ? (size_t)share : held, &sum,
+                                      &watch.scored, look, &e);
+        if (status < 0) die(&r->cli, &e);
+        if (status > 0) return 1;
     }
-    return sum / (double)d->n_held_out;
+    *scored = watch.scored;
+    *loss = sum / (double)watch.scored;
+    return 0;
 }
 
 enum { WINDOW = 256 };  // nanoGPT's block_size for TinyShakespeare
 
-// The best parameters' loss as nanoGPT counts: the held-out text in windows that do not overlap,
-// each position judged by what stands before it in its window alone. The first byte of a text is
-// only context, so n bytes make n - 1 positions; NAN where there are none.
+// The scorer's loss as nanoGPT counts: the held-out text in windows that do not overlap, each
+// position judged by what stands before it in its window alone. The first byte of a text is only
+// context, so n bytes make n - 1 positions; NAN where there are none, and after a signal.
 static double loss_in_windows(Run *r) {
     double sum = 0, nats;
     size_t scored = 0;
     Error e;
-    model_write(&scorer, scorer.params, r->best_params);
-    for (int i = 0; i < data.n; i++) {
+    watch.scored = 0;
+    watch.to_score = data.n_held_out;
+    for (int i = 0; i < data.n; i++, watch.scored = scored) {
         const Text *t = &data.texts[i];
         size_t n = t->n - t->n_train;
         if (n < 2) continue;
         // The scorer's rows are at least WINDOW long: open_models has seen to that.
-        if (model_score_windows(&scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats, NULL,
-                                &e))
-            die(&r->cli, &e);
+        int status = model_score_windows(&scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats,
+                                         look, &e);
+        if (status < 0) die(&r->cli, &e);
+        if (status > 0) return NAN;
         sum += nats;
         scored += n - 1;
     }
     return sum / (double)scored;
 }
 
-// ---- Beginning, steps, end ---------------------------------------------------------------------
+// ---- Beginning, steps, end ----------------------------------------------------------------------
 
 // A text that `params` write by themselves, on standard output.
 static void print_sample(const Run *r, const real *params) {
@@ -283,28 +263,36 @@ static void print_sample(const Run *r, const real *params) {
     if (opt.sample_bytes == 0) return;
     if (stream_open(&s, &r->config, params, 1, &e)) die(&r->cli, &e);
     stream_begin(&s, 1);
-    for (int64_t i = 0; i < opt.sample_bytes; i++) {
+    for (int64_t i = 0; i < opt.sample_bytes && !stop_signal && !ferror(stdout); i++) {
         stream_push(&s, &id, NULL, logits);
         id = stream_sample(&s, &sampler, logits, 0);
         bool control = id < 32 && id != '\n' && id != '\t';
         putchar(control && isatty(1) ? '?' : id);  // a terminal would obey control bytes
     }
     printf("\n");
-    fflush(stdout);
     stream_free(&s);
+    // The reader of a pipe may go, and a disk be full: that ends the samples, not the training.
+    if (fflush(stdout) == 0 && !ferror(stdout)) return;
+    progress_end(&progress);
+    fprintf(stderr, "note: standard output cannot be written: no more samples\n");
+    opt.sample_bytes = 0;
 }
 
-// Types the preset's words for the user. It comes after the command line, whose options it leaves.
-static void apply_preset(const Cli *cli) {
-    char words[512], *save;
-    snprintf(words, sizeof words, "%s", presets[opt.preset].options);
-    if (presets[opt.preset].units && !find_option(cli, "units", 5)->given)
-        opt.units = presets[opt.preset].units;
-    for (char *word = strtok_r(words, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
+static bool given(const Cli *cli, const char *name) {
+    return find_option(cli, name, strlen(name))->given;
+}
+
+// Types a row of presets or sizes for the user. It comes after the command line, whose options it
+// leaves.
+static void apply(const Cli *cli, const char *units, const char *options) {
+    char words[512], *rest;
+    snprintf(words, sizeof words, "%s", options);
+    if (units && !given(cli, "units")) opt.units = units;
+    for (char *word = strtok_r(words, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
         bool on;
-        // + 2: the "--". The words go with this function, so no preset may set a text.
+        // + 2: the "--". The words go with this function, so no row may set a text.
         Option *o = find_named(cli, word + 2, strlen(word + 2), &on);
-        char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &save);
+        char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &rest);
         if (o->given) continue;
         if (value)
             parse_value(cli, o, value);
@@ -336,8 +324,8 @@ static Training training_of_options(void) {
                   .weight_decay = opt.weight_decay, .clip = opt.clip, .ema = opt.ema}};
 }
 
-// Plans both models. The scorer's windows are long enough that little of one is only context, and
-// hold nanoGPT's.
+// Plans, allocates and begins both models. The scorer's windows are long enough that little of one
+// is only context, and hold nanoGPT's.
 static int open_models(Run *r, Error *e) {
     Training training = training_of_options();
     int64_t context = config_receptive_field(&r->config), N = opt.batch * opt.seq;
@@ -349,15 +337,31 @@ static int open_models(Run *r, Error *e) {
     if (N > 1 << 27 || T > 1 << 27)
         return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
                        "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
-    if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e) ||
-        model_open(&scorer, r->backend, &r->config, (int)B, (int)T, NULL, e))
+    if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e))
         return -1;
-    // 4: params, m, v and ema of a state file at once
-    r->host = malloc(4 * r->model.n_params * sizeof *r->host);
-    r->best_params = malloc(r->model.n_params * sizeof *r->best_params);
-    if (!r->host || !r->best_params) return fail(e, "out of memory");
-    const Data *d = &data;
-    return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
+    Error why;
+    if (model_open(&scorer, r->backend, &r->config, (int)B, (int)T, NULL, &why))
+        return fail(e, "to evaluate: %.400s", why.text);
+    // 4: params, m, v and ema of a state file at once; and the best
+    size_t bytes = r->model.n_params * sizeof(real);
+    if (host_memory(5 * bytes, "copies of the parameters", e)) return -1;
+    r->host = malloc(4 * bytes);
+    r->best_params = malloc(bytes);
+    if (!r->host || !r->best_params)
+        return fail(e, "no memory for %.3g GB of copies of the parameters", 5e-9 * (double)bytes);
+    const Texts *d = &data;
+    if (model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e)) return -1;
+    if (!init_params) return model_init_params(&r->model, opt.seed, e);
+    model_write(&r->model, r->model.params, init_params);
+    if (r->model.ema) model_write(&r->model, r->model.ema, init_params);
+    return 0;
+}
+
+static void close_models(Run *r) {
+    model_free(&r->model);
+    model_free(&scorer);
+    free(r->host);
+    free(r->best_params);
 }
 
 // name (a,b,c) decayed
@@ -454,9 +458,9 @@ static void save(Run *r) {
 
 // Ends a run that cannot go on, with the best of it on disk.
 static void stop_run(Run *r, const Error *e) {
-    end_line();
-    Error second;  // the first is what is said
-    if (r->best_unsaved) run_save_model(r, &second);
+    progress_end(&progress);
+    Error second;
+    if (r->best_unsaved && run_save_model(r, &second)) fprintf(stderr, "%s\n", second.text);
     die(&r->cli, e);
 }
 
@@ -495,10 +499,10 @@ static void see_steps(Run *r, int64_t queued) {
     for (; r->step < (int64_t)state.step; r->step++) {
         const StepFigures *f = &state.ring[r->step % RING];
         // The row of a step, without a held-out loss; the row of an evaluation has nothing else.
-        fprintf(r->log, "%lld\t%.9g\tnan\t%.9g\t%.9g\n", (long long)r->step + 1, (double)f->loss,
+        run_log(r, "%lld\t%.9g\tnan\t%.9g\t%.9g\n", (long long)r->step + 1, (double)f->loss,
                 (double)f->grad_norm, (double)f->lr);
     }
-    fflush(r->log);
+    run_flush_log(r);
     watch.last_seen = now();
     // The backend counts only steps that were taken. One that is missing was not finite, and those
     // queued behind it were the same one again: same step, same text, same parameters.
@@ -506,43 +510,62 @@ static void see_steps(Run *r, int64_t queued) {
     print_progress(r, &state.ring[(r->step - 1) % RING], queued == opt.steps);
 }
 
+// The averaged or the current parameters into r->host, and their held-out loss; INFINITY where
+// nothing is held out. 1: a signal came first.
+static int judge(Run *r, double *loss) {
+    size_t scored;
+    *loss = INFINITY;
+    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
+    if (data.n_held_out == 0) return 0;
+    model_write(&scorer, scorer.params, r->host);
+    if (held_out_loss(r, middle_bytes(), loss, &scored)) return 1;
+    if (!isfinite(*loss)) {
+        Error e;
+        fail(&e, "step %lld: the held-out loss is not finite. Try a lower --lr, more --warmup or "
+                 "--clip 1", (long long)r->step);
+        stop_run(r, &e);
+    }
+    progress_end(&progress);
+    fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
+            (long long)r->step, *loss, bits(*loss), exp(*loss));
+    if (data.floor > 0)
+        fprintf(stderr, ", %.4f bits/byte above the floor", bits(*loss) - data.floor);
+    if (scored < data.n_held_out)
+        fprintf(stderr, ", on %zu of %zu held-out bytes", scored, data.n_held_out);
+    fprintf(stderr, "  %.2f s%s\n", now() - watch.started,
+            *loss < r->best ? "  (best so far)" : "");
+    run_log(r, "%lld\tnan\t%.9g\tnan\tnan\n", (long long)r->step, *loss);
+    run_flush_log(r);
+    return 0;
+}
+
 // Held-out loss into terminal and log; the best parameters aside, and with the state into the
 // folder when --save-every is over: 1.6 M parameters take 0.14 s to save, on a GPU many steps.
 static void evaluate(Run *r) {
+    double loss;
+    if (judge(r, &loss)) return;
     // Without held-out text the last parameters are the best.
-    bool better = true;
-    double loss = NAN;
-    if (data.n_held_out > 0) {
-        loss = held_out_loss(r);
-        if (!isfinite(loss)) {
-            Error e;
-            fail(&e, "step %lld: the held-out loss is not finite. Try a lower --lr, more "
-                     "--warmup or --clip 1", (long long)r->step);
-            stop_run(r, &e);
-        }
-        better = loss < r->best;
-        end_line();
-        fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
-                (long long)r->step, loss, bits(loss), exp(loss));
-        if (data.floor > 0)
-            fprintf(stderr, ", %.4f bits/byte above the floor", bits(loss) - data.floor);
-        fprintf(stderr, "  %.2f s%s\n", now() - watch.started, better ? "  (best so far)" : "");
-        fprintf(r->log, "%lld\tnan\t%.9g\tnan\tnan\n", (long long)r->step, loss);
-        fflush(r->log);
-    } else {
-        model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
-    }
-    if (better) {
+    if (loss < r->best || data.n_held_out == 0) {
         r->best = loss;
         r->best_step = r->step;
+        r->whole = 0;
         memcpy(r->best_params, r->host, r->model.n_params * sizeof *r->host);
         r->best_unsaved = true;
         watch.best_seconds = now() - watch.started;
     }
+    r->evaluated = r->step;
+    r->saved_step = -1;
     // r->host holds what was just judged. After the last step main() prints a sample of the best.
     if (opt.sample_every && r->step % opt.sample_every == 0 && r->step < opt.steps)
         print_sample(r, r->host);
     if (now() - r->last_save >= opt.save_every) save(r);
+}
+
+// Whether an evaluation belongs after that step. A sample comes with one, which brings the
+// parameters to the host.
+static bool due(int64_t step) {
+    return step % opt.eval_every == 0 || step == opt.steps ||
+           (opt.sample_every && step % opt.sample_every == 0);
 }
 
 // Queues steps without waiting for them; sees them when an evaluation is due, before the ring of
@@ -550,42 +573,63 @@ static void evaluate(Run *r) {
 static void train(Run *r) {
     watch.first_step = r->step;
     watch.started = watch.last_seen = r->last_save = now();
+    progress_begin(&progress, r->step);
+    // A signal may have ended the evaluation after which this run goes on.
+    if (r->step > 0 && due(r->step) && r->evaluated != r->step) evaluate(r);
     // r->step counts what the host has seen, queued what it has asked for.
     int64_t queued = r->step;
     while (queued < opt.steps && !stop_signal) {
         model_train_step(&r->model);
         queued++;
-        // A sample comes with an evaluation, which brings the parameters to the host.
-        bool due = queued % opt.eval_every == 0 || queued == opt.steps ||
-                   (opt.sample_every && queued % opt.sample_every == 0);
-        if (due || stop_signal || queued - r->step >= RING / 2 || now() - watch.last_seen > 0.1)
+        if (due(queued) || stop_signal || queued - r->step >= RING / 2 ||
+            now() - watch.last_seen > 0.1)
             see_steps(r, queued);
-        if (due) evaluate(r);
+        if (due(queued)) evaluate(r);
     }
     if (queued > r->step) see_steps(r, queued);  // the signal came after the last look
-    end_line();
+    progress_end(&progress);
     // Also after a signal: no step that was taken is lost.
     if (r->step != r->saved_step) save(r);
+}
+
+// The best parameters' loss on the whole held-out text, where so far a part of it was scored, or
+// else as nanoGPT counts: on the terminal and in the log.
+static void print_last_figure(Run *r) {
+    size_t scored;
+    fprintf(stderr, "whole held-out text: %zu bytes", data.n_held_out);
+    model_write(&scorer, scorer.params, r->best_params);
+    if (middle_bytes() < data.n_held_out) {
+        if (held_out_loss(r, data.n_held_out, &r->whole, &scored)) return;
+        progress_end(&progress);
+        fprintf(stderr, ", %.4f nats/byte", r->whole);
+        run_log(r, "# best: step %lld, held out %.9g on a part, on all %zu bytes %.9g\n",
+                (long long)r->best_step, r->best, scored, r->whole);
+        Error e;
+        if (run_save_model(r, &e)) die(&r->cli, &e);
+    } else {
+        double windows = loss_in_windows(r);
+        // NAN: there was no position to judge, or a signal came.
+        if (windows != windows) return;
+        fprintf(stderr, "; in windows of %d that do not overlap, as nanoGPT counts: "
+                        "%.4f nats/byte", WINDOW, windows);
+        run_log(r, "# best: step %lld, held out %.9g, in windows of %d bytes that do not "
+                   "overlap %.9g\n", (long long)r->best_step, r->best, WINDOW, windows);
+    }
+    run_flush_log(r);
 }
 
 // What the run came to: on the terminal, and without the time, which no two runs share, in the log.
 static void print_result(Run *r) {
     double seconds = now() - watch.started;
     if (data.n_held_out > 0) {
-        double windows = loss_in_windows(r);
         fprintf(stderr, "best held-out loss %.4f nats/byte at step %lld", r->best,
                 (long long)r->best_step);
         if (r->best_step > watch.first_step)
             fprintf(stderr, ", %.2f s after %s began", watch.best_seconds,
                     watch.first_step ? "this part of the run" : "the first step");
-        // Not NAN: there was a position to judge.
-        if (windows == windows) {
-            fprintf(stderr, "\nin windows of %d bytes that do not overlap, as nanoGPT counts: "
-                            "%.4f nats/byte", WINDOW, windows);
-            fprintf(r->log, "# best: step %lld, held out %.9g, in windows of %d bytes that do not "
-                            "overlap %.9g\n", (long long)r->best_step, r->best, WINDOW, windows);
-            fflush(r->log);
-        }
+        if (middle_bytes() < data.n_held_out) fprintf(stderr, ", on a part of the text");
+        fprintf(stderr, "\n");
+        print_last_figure(r);
         fprintf(stderr, "\n");
     }
     fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, r->folder);
@@ -595,25 +639,143 @@ static bool on_gpu(const Run *r) {
     return r->backend != &cpu_backend && r->backend != &plain_backend;
 }
 
+// ---- --minutes: size and schedule from the time -------------------------------------------------
+
+typedef struct {
+    double operations;    // of a step
+    double step, scored;  // seconds: of a step, and of scoring a held-out byte
+} Pace;
+
+// Times steps of the model that the options describe, for about `most` seconds. The models are
+// thrown away: the run begins anew with the schedule that follows.
+static int measure(Run *r, double most, Pace *p, Error *e) {
+    static StepState state;  // its download waits for the steps
+    if (config_of_options(&r->config, e) || open_models(r, e)) return -1;
+    p->operations = step_operations(r);
+    // The first step warms the caches; on a GPU it captures the graph.
+    double seconds = 0;
+    for (int64_t n = 1, first = 1; seconds < most || first; n *= first ? 1 : 2, first = 0) {
+        double t = now();
+        for (int64_t i = 0; i < n; i++) model_train_step(&r->model);
+        r->backend->download(&state, r->model.state, sizeof state);
+        seconds = now() - t;
+        p->step = seconds / (double)n;
+    }
+    // Forward is a third of a step's operations; of the scorer's windows the beginning is context.
+    double context = (double)config_receptive_field(&r->config), T = (double)scorer.T;
+    p->scored = p->step / step_bytes() / 3 * T / (T - context + 1);
+    close_models(r);
+    return 0;
+}
+
+// Takes the size and its hyper-parameters for the time, then steps, warm-up and evaluations.
+static int fit_to_time(Run *r, Error *e) {
+    const Cli *cli = &r->cli;
+    Pace pace;
+    double budget = 60 * opt.minutes, most = budget / 100 < 2 ? budget / 100 : 2;
+    bool fixed = given(cli, "eval-every");
+    bool sized = given(cli, "channels") || given(cli, "units") || given(cli, "preset") || opt.init;
+    int row = MIDDLE_SIZE;
+    if (!sized) apply(cli, sizes[row].units, sizes[row].options);
+    if (measure(r, most, &pace, e)) return -1;
+    double operations = pace.operations / pace.step * budget;
+    for (row = 0; !sized && row + 1 < N_SIZES && operations >= sizes[row + 1].from;) row++;
+    if (!sized && row != MIDDLE_SIZE) {
+        apply(cli, sizes[row].units, sizes[row].options);
+        if (measure(r, most, &pace, e)) return -1;
+    }
+    double left = budget - (now() - watch.began);
+    // The last figure scores the held-out text once more.
+    double last = pace.scored * (double)data.n_held_out, each = 0;
+    int64_t rough = (int64_t)((left - last) / pace.step), evaluations = 6;
+    for (; evaluations > 0; evaluations--) {
+        if (fixed) evaluations = rough / opt.eval_every + 1;
+        else opt.eval_every = rough > evaluations ? rough / evaluations : 1;
+        each = pace.scored * (double)middle_bytes();
+        if (fixed || evaluations == 1 || each * (double)evaluations < left / 10) break;
+    }
+    // 3 %: saving, and what the first seconds did not show.
+    double for_steps = 0.97 * left - last - each * (double)evaluations;
+    opt.steps = for_steps > 0 ? (int64_t)(for_steps / pace.step) : 0;
+    if (opt.steps < 10)
+        return fail(e, "--minutes %g is too short: a step takes %.2g s, the evaluations %.2g s: "
+                       "give more time, or smaller --channels or --batch", opt.minutes, pace.step,
+                    last + each * (double)evaluations);
+    if (!fixed) opt.eval_every = (opt.steps + evaluations - 1) / evaluations;
+    if (!given(cli, "warmup")) opt.warmup = opt.steps < 1429 ? (7 * opt.steps + 99) / 100 : 100;
+    fprintf(stderr, "note: --minutes %g: --steps %lld (%.3g s each) --warmup %lld --eval-every "
+                    "%lld\n", opt.minutes, (long long)opt.steps, pace.step,
+            (long long)opt.warmup, (long long)opt.eval_every);
+    return config_of_options(&r->config, e);
+}
+
+// Opens the model of --init, a file or a run's folder, and takes its stack where none is given.
+static int open_init(Run *r, Checkpoint *ck, Error *e) {
+    char path[4096];
+    struct stat st;
+    bool folder = stat(opt.init, &st) == 0 && S_ISDIR(st.st_mode);
+    snprintf(path, sizeof path, "%s%s", opt.init, folder ? "/model.safetensors" : "");
+    if (checkpoint_open(ck, path, e)) return -1;
+    if (ck->is_state)
+        return fail(e, "%s is the state of a run: go on with it by --resume, or give the "
+                       "model.safetensors beside it", path);
+    const Cli *cli = &r->cli;
+    const Config *c = &ck->config;
+    if (!given(cli, "channels")) opt.channels = c->channels;
+    if (!given(cli, "latent")) opt.latent = c->latent == c->channels ? 0 : c->latent;
+    if (!given(cli, "units")) opt.units = copy_text(c->units);
+    if (!given(cli, "activation")) opt.activation = (int)c->activation;
+    if (!given(cli, "tie")) opt.tie = c->tie;
+    if (!given(cli, "softcap")) opt.softcap = (double)c->softcap;
+    return 0;
+}
+
+// Its parameters, for open_models; *hash: their checksum.
+static int read_init(const Run *r, const Checkpoint *ck, uint64_t *hash, Error *e) {
+    if (checkpoint_match(ck, &r->config, e)) return -1;
+    size_t bytes = ck->n_params * sizeof(real);
+    if (host_memory(bytes, "the parameters of --init", e)) return -1;
+    init_params = malloc(bytes);
+    if (!init_params) return fail(e, "no memory for the parameters of --init");
+    if (checkpoint_read(ck, "", init_params, e)) return -1;
+    *hash = checksum_add(CHECKSUM_START, init_params, bytes);
+    return 0;
+}
+
 // Reads what is to be read, plans and allocates; the folder and the log come last, so that a run
 // which cannot start leaves no trace.
 static int begin(Run *r, Error *e) {
     static Checkpoint ck;
-    r->folder = opt.resume ? opt.resume : opt.out;
+    uint64_t start = 0;
     // The saved run's options first: the model, the texts and the backend follow from them.
-    if (opt.resume && run_open_state(r, &ck, e)) return -1;
+    if (opt.resume && run_open_state(r, opt.resume, &ck, e)) return -1;
+    if (opt.init && open_init(r, &ck, e)) return -1;
     r->best = INFINITY;
     r->saved_step = -1;  // nothing yet
     if (config_of_options(&r->config, e)) return -1;
+    if (opt.init && read_init(r, &ck, &start, e)) return -1;
     if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
     // A GPU's kernels are held against the CPU's before they are trusted with a run.
     if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
-    if (load_data(&data, &r->cli, e) || open_models(r, e))
-        return -1;
+    if (texts_load(&data, &r->cli, opt.val, opt.val_frac, (size_t)opt.seq, e)) return -1;
     r->text = data.hash;
-    int failed = opt.resume ? run_load(r, &ck, e) : model_init_params(&r->model, opt.seed, e);
+    r->training_bytes = data.n_train;
+    r->held_out_bytes = data.n_held_out;
+    texts_names(&data, r->trained_on, sizeof r->trained_on);
+    bool free_time = !opt.resume && !given(&r->cli, "steps") && !given(&r->cli, "preset");
+    if (free_time && !given(&r->cli, "minutes") && !on_gpu(r)) opt.minutes = 5;
+    if (opt.minutes > 0 && fit_to_time(r, e)) return -1;
+    if (open_models(r, e)) return -1;
+    free(data.train);  // the model has its own
+    data.train = NULL;
+    int failed = opt.resume ? run_load(r, &ck, e) : run_identify(r, start, e);
     checkpoint_close(&ck);
-    if (failed || (!opt.resume && run_make_folder(r, e))) return -1;
+    if (failed || (!opt.resume && run_take_folder(r, opt.out, e))) return -1;
+    if (opt.resume && r->step >= opt.steps) {
+        fprintf(stderr, "nothing left to do: this run has taken %lld steps; to go on, give --steps "
+                        "above that\n", (long long)r->step);
+        if (r->step > opt.steps) exit(0);
+    }
     return run_open_log(r, opt.resume != NULL, e);
 }
 
@@ -646,17 +808,24 @@ int main(int argc, char **argv) {
     r->cli = (Cli){"train", "usage: ./train [options] [FILE...]      FILE - is standard input",
                    about, table, N_OPTIONS, NULL, 0};
     parse_options(&r->cli, argc, argv);
-    apply_preset(&r->cli);
-    if (opt.resume && find_option(&r->cli, "out", 3)->given)
+    apply(&r->cli, presets[opt.preset].units, presets[opt.preset].options);
+    if (opt.resume && given(&r->cli, "out"))
         usage_error(&r->cli, "--resume DIR goes on in DIR: leave --out out%s%s", "", "");
-    if (opt.resume && find_option(&r->cli, "preset", 6)->given)
-        usage_error(&r->cli, "--resume DIR goes on with that run's options: leave --preset out%s%s",
-                    "", "");
+    static const char *const fixed[] = {"preset", "minutes", "init"};
+    for (int i = 0; i < 3; i++)
+        if (opt.resume && given(&r->cli, fixed[i]))
+            usage_error(&r->cli, "--resume DIR goes on with that run's options: leave --%s out%s",
+                        fixed[i], "");
+    if (opt.minutes > 0 && given(&r->cli, "steps"))
+        usage_error(&r->cli, "--minutes chooses the steps: leave --steps or --minutes out%s%s", "",
+                    "");
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
     // A progress line redraws itself only there; in a file each is a line of its own.
-    watch.terminal = isatty(2);
+    progress.terminal = isatty(2);
+    watch.began = now();
+    signal(SIGPIPE, SIG_IGN);  // print_sample sees that its reader has gone
     if (begin(r, &e)) die(&r->cli, &e);
     print_plan(r);
 
@@ -665,7 +834,7 @@ int main(int argc, char **argv) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     train(r);
-    if (r->step < opt.steps) {
+    if (r->step < opt.steps || r->evaluated < r->step) {
         fprintf(stderr, "stopped after step %lld; go on with: ./train --resume %s\n",
                 (long long)r->step, r->folder);
         return 0;

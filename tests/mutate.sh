@@ -10,7 +10,7 @@
 #   tests/mutate.sh --gpu [NAME]   mutants_gpu.txt on a machine with a GPU: test_kernels --small
 # CC, CFLAGS, NVCC, JOBS and TESTS (which programs are to notice, the quickest first) are taken from
 # the environment.
-TESTS=${TESTS:-test_units test_causality test_model test_units_f64 test_gradcheck test_sample}
+TESTS=${TESTS:-test_units test_causality test_model test_run test_units_f64 test_gradcheck test_sample}
 CC=${CC:-cc}
 CFLAGS=${CFLAGS:--O2}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -67,6 +67,8 @@ build() {
             program test_gradcheck_f32 .o "$source" $model ;;
     test_units_f64) program test_units_f64 _f64.o tests/test_units $model ;;
     test_sample) program sample .o sample $core && program test_sample .o "$source" $core ;;
+    test_run) program test_run .o "$source" support/run support/texts support/progress \
+        data/language $core ;;
     *) program "$1" .o "$source" $core ;;
     esac
 }
@@ -144,6 +146,8 @@ one() {
         case $file in  # what only test_sample sees should not wait for all others to pass
         sample.c | support/checkpoint.c | support/output.c | support/stream.c)
             begin_with test_sample ;;
+        support/run.c | support/score.c | support/texts.c | support/progress.c)
+            begin_with test_run ;;
         esac
         first_failure
         case $? in
