@@ -108,7 +108,7 @@ $(BUILD)/%_f64.o: %.c $(HEADERS) $(BUILD)/flags
 
 $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64: build/linked
 RUN_OBJECTS := $(patsubst %,$(BUILD)/support/%.o,run texts progress) $(BUILD)/data/language.o
-train: $(BUILD)/train.o $(RUN_OBJECTS) $(CORE)
+train: $(BUILD)/train.o $(BUILD)/support/begin.o $(RUN_OBJECTS) $(CORE)
 bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)

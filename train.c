@@ -10,28 +10,13 @@
 #endif
 
 #include "support/progress.h"
-#include "support/run.h"
 #include "support/stream.h"
-#include "support/texts.h"
+#include "support/train.h"
 
 // ---- Options: the one table that parses, explains, is saved with a run and compared on resuming
 
-typedef struct {
-    int preset;
-    // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
-    int64_t steps, batch, seq, accum, warmup, channels, latent, eval_every, threads;
-    int64_t val_bytes, sample_bytes, sample_every;
-    double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
-    // val_frac of each text; save_every in seconds
-    double val_frac, save_every, minutes;
-    uint64_t seed;
-    int activation, device;
-    bool tie, at_once, no_selftest, tensors;
-    const char *units, *val, *out, *resume, *init, *kernels;
-} Options;
-
 // The defaults: the recipe sought on TinyShakespeare, where it does not depend on that text.
-static Options opt = {
+Options opt = {
     .channels = 256, .units = "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", .activation = ACT_gelu,
     .tie = true, .softcap = 30,
     .steps = 1500, .batch = 16, .seq = 512, .accum = 1, .lr = 4e-3, .warmup = 100, .beta1 = 0.9,
@@ -59,21 +44,7 @@ static const struct {
      "--seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
      "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
 };
-// What a budget of operations buys with --minutes: from so many on this row, where no size is
-// given.
-static const struct {
-    double from;
-    const char *units, *options;
-} sizes[] = {
-    {0, "2x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
-     "--channels 64 --batch 16 --seq 256 --lr 1e-2 --weight-decay 1 --dropout 0 "
-     "--byte-dropout 0.02 --no-at-once"},
-    {9e12, "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
-     "--channels 128 --batch 16 --seq 512 --lr 6e-3 --weight-decay 1 --dropout 0.02 "
-     "--byte-dropout 0.05 --no-at-once"},
-};
-enum { N_SIZES = sizeof sizes / sizeof *sizes, MIDDLE_SIZE = 1 };
-static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
+const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
 // The bounds judge one value at a time; how values go together is judged by config_check and
 // model_open. The defaults that --help shows are those of opt.
@@ -127,13 +98,12 @@ enum { N_OPTIONS = sizeof table / sizeof *table };
 
 // ---- The run ------------------------------------------------------------------------------------
 
-static Texts data;
-static Model scorer;  // the same parameters as the run's model, planned for inference
-static real *init_params;  // (n_params) of --init, or NULL
+Texts data;
+Model scorer;
 static Progress progress;
 static struct {
-    double began, started;    // this process; its first step
-    double last_seen;
+    double started;           // the first step of this process
+    double last_seen;         // the last download
     double best_seconds;      // from the first step to the end of the best's evaluation
     int64_t first_step;       // of this process
     size_t scored, to_score;  // bytes of the evaluation under way
@@ -148,8 +118,7 @@ static void on_signal(int s) {
     signal(SIGTERM, SIG_DFL);
 }
 
-// Bytes of a step.
-static double step_bytes(void) {
+double step_bytes(void) {
     return (double)opt.batch * (double)opt.seq * (double)opt.accum;
 }
 
@@ -158,7 +127,7 @@ static double bits(double nats) { return nats / 0.6931471805599453; }
 
 // Operations of a step: 2 to a parameter and byte in forward, 4 in backward. The embedding is
 // looked up, which costs none, unless the head, tied to it, multiplies by it.
-static double step_operations(const Run *r) {
+double step_operations(const Run *r) {
     size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
     return 6.0 * (double)(r->model.n_params - looked_up) * step_bytes();
 }
@@ -194,7 +163,7 @@ static bool look(size_t scored) {
 // third of a step's operations, and 3/10 of a third is a tenth. The count follows from the options
 // and not from the clock, so that a resumed run scores the same bytes. At least 128 KiB, which is
 // all of TinyShakespeare's held-out tenth.
-static size_t middle_bytes(void) {
+size_t middle_bytes(void) {
     double bytes = opt.val_bytes > 0 ? (double)opt.val_bytes
                                      : 0.3 * (double)opt.eval_every * step_bytes();
     if (opt.val_bytes == 0 && bytes < 1 << 17) bytes = 1 << 17;
@@ -214,7 +183,7 @@ static int held_out_loss(Run *r, size_t most, double *loss, size_t *scored) {
         double share = (double)most / (double)data.n_held_out * (double)held;
         // What stands before n_train is context, as it would be in use.
         int status = model_score_part(&scorer, t->bytes, t->n, t->n_train,
-                                      most < data.n_held_out ? (size_t)share : held, &sum,
+                                      most < data.n_held_out ? (size_t)ceil(share) : held, &sum,
                                       &watch.scored, look, &e);
         if (status < 0) die(&r->cli, &e);
         if (status > 0) return 1;
@@ -223,8 +192,6 @@ static int held_out_loss(Run *r, size_t most, double *loss, size_t *scored) {
     *loss = sum / (double)watch.scored;
     return 0;
 }
-
-enum { WINDOW = 256 };  // nanoGPT's block_size for TinyShakespeare
 
 // The scorer's loss as nanoGPT counts: the held-out text in windows that do not overlap, each
 // position judged by what stands before it in its window alone. The first byte of a text is only
@@ -276,92 +243,6 @@ static void print_sample(const Run *r, const real *params) {
     progress_end(&progress);
     fprintf(stderr, "note: standard output cannot be written: no more samples\n");
     opt.sample_bytes = 0;
-}
-
-static bool given(const Cli *cli, const char *name) {
-    return find_option(cli, name, strlen(name))->given;
-}
-
-// Types a row of presets or sizes for the user. It comes after the command line, whose options it
-// leaves.
-static void apply(const Cli *cli, const char *units, const char *options) {
-    char words[512], *rest;
-    snprintf(words, sizeof words, "%s", options);
-    if (units && !given(cli, "units")) opt.units = units;
-    for (char *word = strtok_r(words, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
-        bool on;
-        // + 2: the "--". The words go with this function, so no row may set a text.
-        Option *o = find_named(cli, word + 2, strlen(word + 2), &on);
-        char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &rest);
-        if (o->given) continue;
-        if (value)
-            parse_value(cli, o, value);
-        else
-            *(bool *)o->value = on;
-    }
-}
-
-static int config_of_options(Config *c, Error *e) {
-    *c = (Config){.channels = (int)opt.channels,
-                  // 0: as wide as the model
-                  .latent = (int)(opt.latent ? opt.latent : opt.channels),
-                  .activation = (Activation)opt.activation, .tie = opt.tie,
-                  .softcap = (float)opt.softcap};
-    if (strlen(opt.units) >= sizeof c->units)
-        return fail(e, "--units is %zu characters long, at most %d: use groups, Nx(...)",
-                    strlen(opt.units), UNITS_TEXT - 1);
-    snprintf(c->units, sizeof c->units, "%s", opt.units);
-    return config_check(c, e);
-}
-
-// eps: PyTorch's default for AdamW.
-static Training training_of_options(void) {
-    return (Training){
-        .dropout = (float)opt.dropout, .byte_dropout = (float)opt.byte_dropout, .seed = opt.seed,
-        .passes = (int)opt.accum, .at_once = opt.at_once,
-        .hyper = {.steps = opt.steps, .warmup = opt.warmup, .lr = opt.lr, .min_lr = opt.min_lr,
-                  .beta1 = opt.beta1, .beta2 = opt.beta2, .eps = 1e-8,
-                  .weight_decay = opt.weight_decay, .clip = opt.clip, .ema = opt.ema}};
-}
-
-// Plans, allocates and begins both models. The scorer's windows are long enough that little of one
-// is only context, and hold nanoGPT's.
-static int open_models(Run *r, Error *e) {
-    Training training = training_of_options();
-    int64_t context = config_receptive_field(&r->config), N = opt.batch * opt.seq;
-    // At four times the receptive field, three quarters of a window are scored.
-    int64_t T = opt.seq > 4 * context ? opt.seq : 4 * context, B;
-    if (T < WINDOW) T = WINDOW;
-    // As many bytes to a pass as in training, but one window at least.
-    B = N / T > 1 ? N / T : 1;
-    if (N > 1 << 27 || T > 1 << 27)
-        return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
-                       "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
-    if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e))
-        return -1;
-    Error why;
-    if (model_open(&scorer, r->backend, &r->config, (int)B, (int)T, NULL, &why))
-        return fail(e, "to evaluate: %.400s", why.text);
-    // 4: params, m, v and ema of a state file at once; and the best
-    size_t bytes = r->model.n_params * sizeof(real);
-    if (host_memory(5 * bytes, "copies of the parameters", e)) return -1;
-    r->host = malloc(4 * bytes);
-    r->best_params = malloc(bytes);
-    if (!r->host || !r->best_params)
-        return fail(e, "no memory for %.3g GB of copies of the parameters", 5e-9 * (double)bytes);
-    const Texts *d = &data;
-    if (model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e)) return -1;
-    if (!init_params) return model_init_params(&r->model, opt.seed, e);
-    model_write(&r->model, r->model.params, init_params);
-    if (r->model.ema) model_write(&r->model, r->model.ema, init_params);
-    return 0;
-}
-
-static void close_models(Run *r) {
-    model_free(&r->model);
-    model_free(&scorer);
-    free(r->host);
-    free(r->best_params);
 }
 
 // name (a,b,c) decayed
@@ -635,150 +516,6 @@ static void print_result(Run *r) {
     fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, r->folder);
 }
 
-static bool on_gpu(const Run *r) {
-    return r->backend != &cpu_backend && r->backend != &plain_backend;
-}
-
-// ---- --minutes: size and schedule from the time -------------------------------------------------
-
-typedef struct {
-    double operations;    // of a step
-    double step, scored;  // seconds: of a step, and of scoring a held-out byte
-} Pace;
-
-// Times steps of the model that the options describe, for about `most` seconds. The models are
-// thrown away: the run begins anew with the schedule that follows.
-static int measure(Run *r, double most, Pace *p, Error *e) {
-    static StepState state;  // its download waits for the steps
-    if (config_of_options(&r->config, e) || open_models(r, e)) return -1;
-    p->operations = step_operations(r);
-    // The first step warms the caches; on a GPU it captures the graph.
-    double seconds = 0;
-    for (int64_t n = 1, first = 1; seconds < most || first; n *= first ? 1 : 2, first = 0) {
-        double t = now();
-        for (int64_t i = 0; i < n; i++) model_train_step(&r->model);
-        r->backend->download(&state, r->model.state, sizeof state);
-        seconds = now() - t;
-        p->step = seconds / (double)n;
-    }
-    // Forward is a third of a step's operations; of the scorer's windows the beginning is context.
-    double context = (double)config_receptive_field(&r->config), T = (double)scorer.T;
-    p->scored = p->step / step_bytes() / 3 * T / (T - context + 1);
-    close_models(r);
-    return 0;
-}
-
-// Takes the size and its hyper-parameters for the time, then steps, warm-up and evaluations.
-static int fit_to_time(Run *r, Error *e) {
-    const Cli *cli = &r->cli;
-    Pace pace;
-    double budget = 60 * opt.minutes, most = budget / 100 < 2 ? budget / 100 : 2;
-    bool fixed = given(cli, "eval-every");
-    bool sized = given(cli, "channels") || given(cli, "units") || given(cli, "preset") || opt.init;
-    int row = MIDDLE_SIZE;
-    if (!sized) apply(cli, sizes[row].units, sizes[row].options);
-    if (measure(r, most, &pace, e)) return -1;
-    double operations = pace.operations / pace.step * budget;
-    for (row = 0; !sized && row + 1 < N_SIZES && operations >= sizes[row + 1].from;) row++;
-    if (!sized && row != MIDDLE_SIZE) {
-        apply(cli, sizes[row].units, sizes[row].options);
-        if (measure(r, most, &pace, e)) return -1;
-    }
-    double left = budget - (now() - watch.began);
-    // The last figure scores the held-out text once more.
-    double last = pace.scored * (double)data.n_held_out, each = 0;
-    int64_t rough = (int64_t)((left - last) / pace.step), evaluations = 6;
-    for (; evaluations > 0; evaluations--) {
-        if (fixed) evaluations = rough / opt.eval_every + 1;
-        else opt.eval_every = rough > evaluations ? rough / evaluations : 1;
-        each = pace.scored * (double)middle_bytes();
-        if (fixed || evaluations == 1 || each * (double)evaluations < left / 10) break;
-    }
-    // 3 %: saving, and what the first seconds did not show.
-    double for_steps = 0.97 * left - last - each * (double)evaluations;
-    opt.steps = for_steps > 0 ? (int64_t)(for_steps / pace.step) : 0;
-    if (opt.steps < 10)
-        return fail(e, "--minutes %g is too short: a step takes %.2g s, the evaluations %.2g s: "
-                       "give more time, or smaller --channels or --batch", opt.minutes, pace.step,
-                    last + each * (double)evaluations);
-    if (!fixed) opt.eval_every = (opt.steps + evaluations - 1) / evaluations;
-    if (!given(cli, "warmup")) opt.warmup = opt.steps < 1429 ? (7 * opt.steps + 99) / 100 : 100;
-    fprintf(stderr, "note: --minutes %g: --steps %lld (%.3g s each) --warmup %lld --eval-every "
-                    "%lld\n", opt.minutes, (long long)opt.steps, pace.step,
-            (long long)opt.warmup, (long long)opt.eval_every);
-    return config_of_options(&r->config, e);
-}
-
-// Opens the model of --init, a file or a run's folder, and takes its stack where none is given.
-static int open_init(Run *r, Checkpoint *ck, Error *e) {
-    char path[4096];
-    struct stat st;
-    bool folder = stat(opt.init, &st) == 0 && S_ISDIR(st.st_mode);
-    snprintf(path, sizeof path, "%s%s", opt.init, folder ? "/model.safetensors" : "");
-    if (checkpoint_open(ck, path, e)) return -1;
-    if (ck->is_state)
-        return fail(e, "%s is the state of a run: go on with it by --resume, or give the "
-                       "model.safetensors beside it", path);
-    const Cli *cli = &r->cli;
-    const Config *c = &ck->config;
-    if (!given(cli, "channels")) opt.channels = c->channels;
-    if (!given(cli, "latent")) opt.latent = c->latent == c->channels ? 0 : c->latent;
-    if (!given(cli, "units")) opt.units = copy_text(c->units);
-    if (!given(cli, "activation")) opt.activation = (int)c->activation;
-    if (!given(cli, "tie")) opt.tie = c->tie;
-    if (!given(cli, "softcap")) opt.softcap = (double)c->softcap;
-    return 0;
-}
-
-// Its parameters, for open_models; *hash: their checksum.
-static int read_init(const Run *r, const Checkpoint *ck, uint64_t *hash, Error *e) {
-    if (checkpoint_match(ck, &r->config, e)) return -1;
-    size_t bytes = ck->n_params * sizeof(real);
-    if (host_memory(bytes, "the parameters of --init", e)) return -1;
-    init_params = malloc(bytes);
-    if (!init_params) return fail(e, "no memory for the parameters of --init");
-    if (checkpoint_read(ck, "", init_params, e)) return -1;
-    *hash = checksum_add(CHECKSUM_START, init_params, bytes);
-    return 0;
-}
-
-// Reads what is to be read, plans and allocates; the folder and the log come last, so that a run
-// which cannot start leaves no trace.
-static int begin(Run *r, Error *e) {
-    static Checkpoint ck;
-    uint64_t start = 0;
-    // The saved run's options first: the model, the texts and the backend follow from them.
-    if (opt.resume && run_open_state(r, opt.resume, &ck, e)) return -1;
-    if (opt.init && open_init(r, &ck, e)) return -1;
-    r->best = INFINITY;
-    r->saved_step = -1;  // nothing yet
-    if (config_of_options(&r->config, e)) return -1;
-    if (opt.init && read_init(r, &ck, &start, e)) return -1;
-    if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
-    // A GPU's kernels are held against the CPU's before they are trusted with a run.
-    if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
-    if (texts_load(&data, &r->cli, opt.val, opt.val_frac, (size_t)opt.seq, e)) return -1;
-    r->text = data.hash;
-    r->training_bytes = data.n_train;
-    r->held_out_bytes = data.n_held_out;
-    texts_names(&data, r->trained_on, sizeof r->trained_on);
-    bool free_time = !opt.resume && !given(&r->cli, "steps") && !given(&r->cli, "preset");
-    if (free_time && !given(&r->cli, "minutes") && !on_gpu(r)) opt.minutes = 5;
-    if (opt.minutes > 0 && fit_to_time(r, e)) return -1;
-    if (open_models(r, e)) return -1;
-    free(data.train);  // the model has its own
-    data.train = NULL;
-    int failed = opt.resume ? run_load(r, &ck, e) : run_identify(r, start, e);
-    checkpoint_close(&ck);
-    if (failed || (!opt.resume && run_take_folder(r, opt.out, e))) return -1;
-    if (opt.resume && r->step >= opt.steps) {
-        fprintf(stderr, "nothing left to do: this run has taken %lld steps; to go on, give --steps "
-                        "above that\n", (long long)r->step);
-        if (r->step > opt.steps) exit(0);
-    }
-    return run_open_log(r, opt.resume != NULL, e);
-}
-
 // What --units may hold, for --help: a line for each mixer.
 static void add_mixers(char *about, size_t size) {
     char *to = about + strlen(about);
@@ -798,6 +535,7 @@ static void add_mixers(char *about, size_t size) {
 
 int main(int argc, char **argv) {
     static Run run;
+    double began = now();
     Run *r = &run;
     Error e;
     static char about[2048] =
@@ -808,7 +546,7 @@ int main(int argc, char **argv) {
     r->cli = (Cli){"train", "usage: ./train [options] [FILE...]      FILE - is standard input",
                    about, table, N_OPTIONS, NULL, 0};
     parse_options(&r->cli, argc, argv);
-    apply(&r->cli, presets[opt.preset].units, presets[opt.preset].options);
+    apply_row(&r->cli, presets[opt.preset].units, presets[opt.preset].options);
     if (opt.resume && given(&r->cli, "out"))
         usage_error(&r->cli, "--resume DIR goes on in DIR: leave --out out%s%s", "", "");
     static const char *const fixed[] = {"preset", "minutes", "init"};
@@ -824,9 +562,8 @@ int main(int argc, char **argv) {
 #endif
     // A progress line redraws itself only there; in a file each is a line of its own.
     progress.terminal = isatty(2);
-    watch.began = now();
     signal(SIGPIPE, SIG_IGN);  // print_sample sees that its reader has gone
-    if (begin(r, &e)) die(&r->cli, &e);
+    if (begin_run(r, began, &e)) die(&r->cli, &e);
     print_plan(r);
 
     // From here on there is something to save: a signal ends the loop, not the program.
