@@ -228,6 +228,17 @@ static void test_strictness(void) {
               wrong[i].key, wrong[i].value, status ? e.text : "");
         end(&again);
     }
+    // One that has been edited: without checksum nothing says that it is as it was saved.
+    static char bytes[1 << 16];
+    write_state(&r, "", "");
+    FILE *f = fopen("run/state.safetensors", "r+");
+    need(f && fread(bytes, 1, sizeof bytes - 1, f) > 400, "a state");
+    char *word = strstr(bytes + 8, "checksum");
+    need(word && fseek(f, word - bytes, SEEK_SET) == 0 && fputs("checksun", f) >= 0, "a checksum");
+    fclose(f);
+    status = resume(&again, &e);
+    check(status < 0 && strstr(e.text, "without checksum"), "a state without checksum is refused");
+    end(&again);
     // A model of an earlier step than the best that the state speaks of.
     write_state(&r, "", "");
     r.best_step = 1;
