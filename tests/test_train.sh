@@ -195,7 +195,7 @@ check $? "nothing held out: nothing said of it"
 # ---- Presets and switches: what a run with them was, by its log ----
 
 settings() { grep '^# --' "$1/log.tsv" | sed 's/^# //; s/ --seed.*\( --eval\)/\1/'; } # of a run
-option() { settings "$1" | grep -q -e " $2 "; }
+option() { settings "$1" | grep -q -e " $2 " -e "^$2 "; }
 tiny="--device cpu --channels 8 --steps 1 --sample-bytes 0"
 (ulimit -t 20; train --batch 2 $tiny --preset shakespeare --no-at-once --seq 64 --out preset text) &&
     option preset '--activation gelu' && option preset '--tie' && option preset '--batch 2' &&
