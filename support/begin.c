@@ -6,11 +6,12 @@
 
 static real *init_params;  // (n_params) of --init, or NULL
 
-// What a budget of operations buys with --minutes, where no size is given: from so many on that row.
-// Measured on TinyShakespeare, nats per byte held out. Small batches win while a text is seen only a
-// few times. The first row at 4e11 operations gave 2.018, 1.888 and 1.832 with batches of 16, 8 and
-// 4 windows (lr 1e-2, 8e-3, 6e-3); the second at 2.5e13, five minutes of two cores, 1.513 with 16
-// windows (1,150 steps, lr 6e-3) and 1.495 with 8 (2,250 steps). 9e12 lies between; not sought.
+// What a budget of operations buys with --minutes, where no size is given: from so many on this
+// row. Measured on TinyShakespeare, nats per byte held out. Small batches win while a text is seen
+// only a few times. The first row at 4e11 operations gave 2.018, 1.888 and 1.832 with batches of
+// 16, 8 and 4 windows (lr 1e-2, 8e-3, 6e-3); the second at 2.4e13, five minutes of two cores, 1.513
+// with 16 windows (1,150 steps, lr 6e-3) and 1.495 with 8 (2,250 steps). 9e12 lies between: nobody
+// has sought it.
 static const struct {
     double from;
     const char *units, *options;
