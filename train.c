@@ -221,6 +221,7 @@ static double loss_in_windows(Run *r) {
 // ---- Beginning, steps, end ----------------------------------------------------------------------
 
 // A text that `params` write by themselves, on standard output.
+static bool samples_lost;  // to a disk, not to a reader who had enough: the exit status says so
 static void print_sample(const Run *r, const real *params) {
     // On the CPU whatever the device: stream.c has no other form.
     Stream s;
@@ -241,6 +242,7 @@ static void print_sample(const Run *r, const real *params) {
     stream_free(&s);
     // The reader of a pipe may go, and a disk be full: that ends the samples, not the training.
     if (fflush(stdout) == 0 && !ferror(stdout)) return;
+    samples_lost = errno != EPIPE;
     progress_end(&progress);
     fprintf(stderr, "note: standard output cannot be written: no more samples\n");
     opt.sample_bytes = 0;
@@ -515,6 +517,5 @@ int main(int argc, char **argv) {
     }
     print_result(r);
     print_sample(r, r->best_params);
-    flush_stdout(&r->cli);
-    return 0;
+    return samples_lost;
 }

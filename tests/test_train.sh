@@ -374,6 +374,11 @@ check $? "the model's metadata names run, text and bytes"
 [ "$(cat status)" = 0 ] && [ "$(grep -c 'note: standard output cannot' message)" = 1 ] &&
     [ "$(rows pipe/log.tsv | tail -1 | cut -f1)" = 30 ] && train --resume pipe --steps 31
 check $? "a reader that has gone ends the samples, not the training"
+if [ -c /dev/full ]; then
+    "$root/train" $small --steps 3 --sample-bytes 9 --out full-disk text 2>message >/dev/full
+    [ $? = 1 ] && grep -q 'cannot be written' message && [ -s full-disk/model.safetensors ]
+    check $? "a sample lost to a full disk: status 1, and the model is there"
+fi
 truncate -s 8T sparse 2>/dev/null || : >sparse
 if [ -s sparse ]; then
     fails $small --steps 1 --out sparse-out sparse && grep -q 'needs 8.*e+03 GB of memory for sparse' message
