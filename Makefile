@@ -75,8 +75,8 @@ MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c fast/attention.
 	support/stream.c $(wildcard mixers/*.c))
 CORE := $(MODEL) $(patsubst %,$(BUILD)/support/%.o,checkpoint describe heat output \
 	range_coder) $(CUDA_OBJECTS)
-TESTS := test_language test_gradcheck test_causality test_units test_model test_sample \
-	test_program test_kernels
+TESTS := test_language test_gradcheck test_causality test_units test_model test_run \
+	test_sample test_program test_kernels
 PROGRAMS := train sample bench data/language
 
 all: $(PROGRAMS) $(TESTS)
@@ -109,15 +109,18 @@ $(BUILD)/%_f64.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
 
 $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64: build/linked
-train: $(BUILD)/train.o $(BUILD)/data/language.o $(CORE)
+RUN_OBJECTS := $(patsubst %,$(BUILD)/support/%.o,run texts progress) $(BUILD)/data/language.o
+train: $(BUILD)/train.o $(BUILD)/support/begin.o $(RUN_OBJECTS) $(CORE)
 bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)
 sample test_causality: %: $(BUILD)/%.o $(CORE)
 test_language test_units test_model test_sample test_program test_kernels: %: $(BUILD)/tests/%.o $(CORE)
+test_run: $(BUILD)/tests/test_run.o $(RUN_OBJECTS) $(CORE)
 test_units: test_units_f64
 $(BUILD)/tests/test_language.o: data/language.c
-train sample test_causality test_language test_units test_model test_sample test_program test_kernels:
+train sample test_causality test_language test_units test_model test_run test_sample test_program \
+test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
 data/language: data/language.c $(HEADERS) $(MODEL)
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)

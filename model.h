@@ -279,13 +279,19 @@ void model_losses(Model *m, const int *ids, const int *targets, real *losses);
 
 // The cost in nats of text[from..n-1] (host), every byte once, in windows that each score `stride`
 // bytes and give the first of them `context` bytes (at least 1) of what stands before it in `text`;
-// byte 0, which nothing precedes, costs log(256). *nats is their sum; each (n, may be NULL) gets
-// every byte's. The model must hold context + stride - 1 bytes in T.
+// byte 0, which nothing precedes, costs log(256). *nats is their sum. The model must hold
+// context + stride - 1 bytes in T. stop (may be NULL) is asked before every pass, with the bytes
+// scored so far; where it says true, scoring ends with 1 instead of 0, and *nats is no sum.
+typedef bool (*ScoreStop)(size_t scored);
 int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, size_t context,
-                        size_t stride, double *nats, real *each, Error *e);
+                        size_t stride, double *nats, ScoreStop stop, Error *e);
 // The same with the whole receptive field as context: neither figure depends on B and T.
-int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats, real *each,
-                Error *e);
+int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats,
+                ScoreStop stop, Error *e);
+// The same of about `part` of those bytes: in spans that fill a pass and lie evenly over them, or
+// all in one span. Adds to *nats and, a span at a time, to *scored.
+int model_score_part(Model *m, const uint8_t *text, size_t n, size_t from, size_t part,
+                     double *nats, size_t *scored, ScoreStop stop, Error *e);
 
 // The parts of a step, for tests and for latents. model_forward reads m->ids. pass NULL: inference;
 // else dropout of step state->step, for rows from pass->first of the step's batch.

@@ -9,30 +9,15 @@
 #include <omp.h>
 #endif
 
-#include "data/language.h"
-#include "support/checkpoint.h"
 #include "support/describe.h"
-#include "support/options.h"
+#include "support/progress.h"
 #include "support/stream.h"
+#include "support/train.h"
 
 // ---- Options: the one table that parses, explains, is saved with a run and compared on resuming
 
-typedef struct {
-    int preset;
-    // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
-    int64_t steps, batch, seq, accum, warmup, channels, latent, eval_every, threads;
-    int64_t sample_bytes, sample_every;
-    double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
-    // val_frac of each text; save_every in seconds
-    double val_frac, save_every;
-    uint64_t seed;
-    int activation, device;
-    bool tie, at_once, no_selftest, tensors;
-    const char *units, *val, *out, *resume, *kernels;
-} Options;
-
 // The defaults: the recipe sought on TinyShakespeare, where it does not depend on that text.
-static Options opt = {
+Options opt = {
     .channels = 256, .units = "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", .activation = ACT_gelu,
     .tie = true, .softcap = 30,
     .steps = 1500, .batch = 16, .seq = 512, .accum = 1, .lr = 4e-3, .warmup = 100, .beta1 = 0.9,
@@ -60,7 +45,7 @@ static const struct {
      "--seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
      "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
 };
-static const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
+const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
 // The bounds judge one value at a time; how values go together is judged by config_check and
 // model_open. The defaults that --help shows are those of opt.
@@ -71,9 +56,11 @@ static Option table[] = {
     INT("latent", SAVED, &opt.latent, 0, MAX_CHANNELS, "D", "latent width, 0 = C, else --no-tie"),
     TEXT("units", SAVED, &opt.units, "STACK", "residual units, see below"),
     CHOICE("activation", SAVED, &opt.activation, activation_names, "F", "of units that name none"),
+    INT("window", SAVED, &opt.window, 0, MAX_WINDOW, "W", "of attention, in bytes; 0 = --seq"),
     FLAG("tie", SAVED, &opt.tie, "the head is the embedding, transposed"),
     NUMBER("softcap", SAVED, &opt.softcap, 0, 1e6, "S", "logits = S tanh(logits/S), 0 = off"),
-    SECTION("training"),
+    SECTION("training; on a CPU without --minutes, --steps and --preset: --minutes 5"),
+    NUMBER("minutes", NOT_SAVED, &opt.minutes, 0, 1e6, "X", "fit steps and size to the time"),
     INT("steps", SAVED, &opt.steps, 1, 2e9, "N", "optimizer steps"),
     INT("batch", SAVED, &opt.batch, 1, 1 << 20, "B", "windows of a pass"),
     INT("seq", SAVED, &opt.seq, 1, 1 << 24, "T", "bytes of a window"),
@@ -93,12 +80,14 @@ static Option table[] = {
     SECTION("data and evaluation"),
     NUMBER("val-frac", SAVED, &opt.val_frac, 0, 0.9, "X", "last part of each text, held out"),
     TEXT("val", SAVED, &opt.val, "FILE", "hold out this text instead"),
+    INT("val-bytes", SAVED, &opt.val_bytes, 0, 1e15, "N", "before the end, 0 = by eval-every"),
     INT("eval-every", SAVED, &opt.eval_every, 1, 2e9, "N", "steps between evaluations"),
     INT("sample-bytes", NOT_SAVED, &opt.sample_bytes, 0, 1e6, "N", "length of a sample"),
     INT("sample-every", NOT_SAVED, &opt.sample_every, 0, 2e9, "N", "steps between, 0 = at the end"),
     SECTION("the run"),
     TEXT("out", NOT_SAVED, &opt.out, "DIR", "where model, state and log go"),
     TEXT("resume", NOT_SAVED, &opt.resume, "DIR", "go on with the run in DIR"),
+    TEXT("init", NOT_SAVED, &opt.init, "MODEL", "begin with its weights: a file, or a run's DIR"),
     NUMBER("save-every", NOT_SAVED, &opt.save_every, 0, 1e9, "S", "seconds between savings"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
@@ -109,450 +98,131 @@ static Option table[] = {
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
-// ---- Texts -------------------------------------------------------------------------------------
+// ---- The run ------------------------------------------------------------------------------------
 
-typedef struct {
-    const char *name;
-    uint8_t *bytes;
-    size_t n, n_train;  // bytes[n_train..] are held out
-} Text;
+Texts data;
+Model scorer;
+static Progress progress;
+static struct {
+    double started;           // the first step of this process
+    double last_seen;         // the last download
+    double best_seconds;      // from the first step to the end of the best's evaluation
+    int64_t first_step;       // of this process
+    size_t scored, to_score;  // bytes of the evaluation under way
+} watch;
 
-typedef struct {
-    Text *texts;  // the last one is --val, wholly held out, where that is given
-    int n;
-    uint8_t *train;  // the training parts, back to back
-    uint64_t *lengths;
-    size_t n_train, n_held_out;
-    double floor;   // entropy in bits per byte, where it is known; else 0
-    uint64_t hash;  // of all bytes and where they are split: what a resumed run must find again
-} Data;
-
-// 1 MiB, about the size of TinyShakespeare.
-enum { BUILT_IN_BYTES = 1 << 20, BUILT_IN_SEED = 1 };
-
-// The file of that name, or with NULL the built-in corpus; the part `held_out` at its end is not
-// for training.
-static int load_text(Text *t, const char *name, double held_out, Error *e) {
-    t->name = name;
-    if (name) {
-        if (read_whole(name, &t->bytes, &t->n, e)) return -1;
-        if (t->n == 0) return fail(e, "%s is empty, expected text", name);
-    } else {
-        t->name = "the built-in corpus";
-        t->n = BUILT_IN_BYTES;
-        t->bytes = malloc(t->n);
-        if (!t->bytes) return fail(e, "out of memory for the built-in corpus");
-        language_write(t->bytes, t->n, BUILT_IN_SEED);
-    }
-    t->n_train = (size_t)((double)t->n * (1 - held_out));
-    return 0;
-}
-
-// Reads all files (none: the built-in corpus), splits them and joins the training parts.
-static int load_data(Data *d, const Cli *cli, Error *e) {
-    int n_files = cli->n_files ? cli->n_files : 1;
-    *d = (Data){.n = n_files + (opt.val != NULL), .hash = CHECKSUM_START};
-    d->texts = calloc((size_t)d->n, sizeof *d->texts);
-    d->lengths = calloc((size_t)d->n, sizeof *d->lengths);
-    if (!d->texts || !d->lengths) return fail(e, "out of memory");
-    for (int i = 0; i < n_files; i++)
-        // (files ends in NULL: without files, that is the one name.)
-        if (load_text(&d->texts[i], cli->files[i], opt.val ? 0 : opt.val_frac, e)) return -1;
-    if (opt.val && load_text(&d->texts[n_files], opt.val, 1, e)) return -1;
-    // Known of the language that writes the built-in corpus, not of other texts.
-    if (!cli->n_files && !opt.val) d->floor = language_entropy();
-    for (int i = 0; i < d->n; i++) d->n_train += d->texts[i].n_train;
-    // + 1: malloc(0) may give NULL
-    d->train = malloc(d->n_train + 1);
-    if (!d->train) return fail(e, "out of memory for %zu bytes of text", d->n_train);
-    size_t at = 0;
-    for (int i = 0; i < d->n; i++) {
-        const Text *t = &d->texts[i];
-        d->lengths[i] = t->n_train;
-        memcpy(d->train + at, t->bytes, t->n_train);
-        at += t->n_train;
-        d->n_held_out += t->n - t->n_train;
-        // With the sizes in it, another split of the same bytes is another hash.
-        uint64_t sizes[2] = {t->n, t->n_train};
-        d->hash = checksum_add(checksum_add(d->hash, sizes, sizeof sizes), t->bytes, t->n);
-        if (i < n_files && t->n_train <= (size_t)opt.seq)
-            return fail(e, "%s has %zu bytes for training, less than one window of --seq %lld + 1: "
-                           "use a smaller --seq or more text",
-                        t->name, t->n_train, (long long)opt.seq);
-    }
-    return 0;
-}
-
-// ---- The run -----------------------------------------------------------------------------------
-
-typedef struct {
-    Cli cli;
-    Config config;
-    Data data;
-    const Backend *backend;
-    Model model, scorer;  // scorer: the same parameters, planned for inference
-    real *host;           // 4 n_params: on their way to a file or to the scorer
-    int64_t step;         // steps taken and seen by the host
-    double best;          // lowest held-out loss so far in nats per byte
-    int64_t best_step;
-    double best_seconds;  // from this process's first step to the end of that evaluation
-    real *best_params;    // (n_params)
-    bool best_unsaved;
-    int64_t saved_step;
-    FILE *log;
-    double started, last_seen, last_print, last_save;
-    int64_t first_step;  // of this process
-    bool terminal, line_open;
-} Run;
-
-// SIGINT or SIGTERM came. All else is left to the loop in train(), which looks between steps.
+// SIGINT or SIGTERM came: train() looks between steps, look() between the passes of an evaluation.
+// A second one ends the program at once.
 static volatile sig_atomic_t stop_signal;
-static void on_signal(int s) { stop_signal = s; }
+static void on_signal(int s) {
+    stop_signal = s;
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+}
+
+double step_bytes(void) {
+    return (double)opt.batch * (double)opt.seq * (double)opt.accum;
+}
 
 // A nat is 1/ln 2 bits.
 static double bits(double nats) { return nats / 0.6931471805599453; }
 
-// Ends the line that redraws itself, before anything else is printed.
-static void end_line(Run *r) {
-    if (r->line_open) fputc('\n', stderr);
-    r->line_open = false;
+// Operations of a step: 2 to a parameter and byte in forward, 4 in backward. The embedding is
+// looked up, which costs none, unless the head, tied to it, multiplies by it.
+double step_operations(const Run *r) {
+    size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
+    return 6.0 * (double)(r->model.n_params - looked_up) * step_bytes();
 }
 
 // The training figures of the last step, at most ten times a second on a terminal and every five
 // seconds elsewhere.
 static void print_progress(Run *r, const StepFigures *f, bool now_please) {
-    double t = now();
-    if (!now_please && t - r->last_print < (r->terminal ? 0.1 : 5)) return;
-    r->last_print = t;
-    double steps = (double)(r->step - r->first_step), seconds = t - r->started;
+    if (!now_please && !progress_due(&progress, 0.1, 5)) return;
     // Of this process: a resumed run's earlier steps took other time.
-    double bytes = steps * (double)opt.batch * (double)opt.seq * (double)opt.accum / seconds;
-    // Operations per byte: 2 to a parameter in forward, 4 in backward. The embedding is looked up,
-    // which costs none, unless the head, tied to it, multiplies by it.
-    size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
-    double flops = 6.0 * (double)(r->model.n_params - looked_up);
-    // Seconds, at this process's pace so far.
-    int left = (int)((double)(opt.steps - r->step) * seconds / (steps > 0 ? steps : 1));
-    fprintf(stderr, "%sstep %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
-                    "lr %.2e  %dm%02ds left%s",
-            r->terminal ? "\r" : "", (long long)r->step, (long long)opt.steps, (double)f->loss,
-            bits(f->loss), bytes, flops * bytes / 1e9, (double)f->lr, left / 60, left % 60,
-            r->terminal ? "  " : "\n");
-    r->line_open = r->terminal;
-    fflush(stderr);
+    double pace = (double)(r->step - watch.first_step) / (now() - watch.started);
+    char left[32];
+    progress_line(&progress,
+                  "step %lld/%lld  loss %.4f (%.3f bits/byte)  %.4g bytes/s  %.0f GFLOP/s  "
+                  "lr %.2e  %s left",
+                  (long long)r->step, (long long)opt.steps, (double)f->loss, bits(f->loss),
+                  pace * step_bytes(), pace * step_operations(r) / 1e9, (double)f->lr,
+                  duration(progress_left(&progress, r->step, opt.steps), left, sizeof left));
 }
 
-// Held-out loss of the averaged or the current parameters, nats per byte; leaves them in r->host.
-static double held_out_loss(Run *r) {
-    const Data *d = &r->data;
-    double sum = 0, nats;
+// ---- Evaluation ---------------------------------------------------------------------------------
+
+// Asked between the passes of an evaluation: shows how far it is, and ends it on a signal.
+static bool look(size_t scored) {
+    if (progress_due(&progress, 1, 30))
+        progress_line(&progress, "evaluating: %.0f %% of %zu bytes",
+                      100 * (double)(watch.scored + scored) / (double)watch.to_score,
+                      watch.to_score);
+    return stop_signal != 0;
+}
+
+// How many held-out bytes an evaluation scores before the end of the run, where the last figure is
+// of all. By default so many that evaluations cost at most a tenth of the training: forward is a
+// third of a step's operations, and 3/10 of a third is a tenth. The count follows from the options
+// and not from the clock, so that a resumed run scores the same bytes. At least 128 KiB, which is
+// all of TinyShakespeare's held-out tenth.
+size_t middle_bytes(void) {
+    double bytes = opt.val_bytes > 0 ? (double)opt.val_bytes
+                                     : 0.3 * (double)opt.eval_every * step_bytes();
+    if (opt.val_bytes == 0 && bytes < 1 << 17) bytes = 1 << 17;
+    return bytes < (double)data.n_held_out ? (size_t)bytes : data.n_held_out;
+}
+
+// The scorer's loss in nats per byte on about `most` held-out bytes, of which every text gives its
+// share, evenly spread; *scored: how many they were. 1: a signal came.
+static int held_out_loss(Run *r, size_t most, double *loss, size_t *scored) {
+    double sum = 0;
     Error e;
-    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
-    model_write(&r->scorer, r->scorer.params, r->host);
-    for (int i = 0; i < d->n; i++) {
-        const Text *t = &d->texts[i];
-        // From n_train on; what stands before is context, as it would be in use.
-        if (model_score(&r->scorer, t->bytes, t->n, t->n_train, &nats, NULL, &e))
-            die(&r->cli, &e);
-        sum += nats;
+    watch.scored = 0;
+    watch.to_score = most;
+    for (int i = 0; i < data.n; i++) {
+        const Text *t = &data.texts[i];
+        size_t held = t->n - t->n_train;
+        double share = (double)most / (double)data.n_held_out * (double)held;
+        // What stands before n_train is context, as it would be in use.
+        int status = model_score_part(&scorer, t->bytes, t->n, t->n_train,
+                                      most < data.n_held_out ? (size_t)ceil(share) : held, &sum,
+                                      &watch.scored, look, &e);
+        if (status < 0) die(&r->cli, &e);
+        if (status > 0) return 1;
     }
-    return sum / (double)d->n_held_out;
+    *scored = watch.scored;
+    *loss = sum / (double)watch.scored;
+    return 0;
 }
 
-enum { WINDOW = 256 };  // nanoGPT's block_size for TinyShakespeare
-
-// The best parameters' loss as nanoGPT counts: the held-out text in windows that do not overlap,
-// each position judged by what stands before it in its window alone. The first byte of a text is
-// only context, so n bytes make n - 1 positions; NAN where there are none.
+// The scorer's loss as nanoGPT counts: the held-out text in windows that do not overlap, each
+// position judged by what stands before it in its window alone. The first byte of a text is only
+// context, so n bytes make n - 1 positions; NAN where there are none, and after a signal.
 static double loss_in_windows(Run *r) {
     double sum = 0, nats;
     size_t scored = 0;
     Error e;
-    model_write(&r->scorer, r->scorer.params, r->best_params);
-    for (int i = 0; i < r->data.n; i++) {
-        const Text *t = &r->data.texts[i];
+    watch.scored = 0;
+    watch.to_score = data.n_held_out;
+    for (int i = 0; i < data.n; i++, watch.scored = scored) {
+        const Text *t = &data.texts[i];
         size_t n = t->n - t->n_train;
         if (n < 2) continue;
         // The scorer's rows are at least WINDOW long: open_models has seen to that.
-        if (model_score_windows(&r->scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats, NULL,
-                                &e))
-            die(&r->cli, &e);
+        int status = model_score_windows(&scorer, t->bytes + t->n_train, n, 1, 1, WINDOW, &nats,
+                                         look, &e);
+        if (status < 0) die(&r->cli, &e);
+        if (status > 0) return NAN;
         sum += nats;
         scored += n - 1;
     }
     return sum / (double)scored;
 }
 
-// ---- The folder: model.safetensors, state.safetensors, log.tsv ---------------------------------
-
-// opt.out/name, in buffer.
-static const char *path_in_out(char *buffer, size_t size, const char *name) {
-    snprintf(buffer, size, "%s/%s", opt.out, name);
-    return buffer;
-}
-
-// The best parameters so far, for others to use.
-static void save_model(Run *r) {
-    char path[4096], loss[32], step[32];
-    snprintf(loss, sizeof loss, "%.6f", r->best);
-    snprintf(step, sizeof step, "%lld", (long long)r->best_step);
-    Pair pairs[] = {{"step", step}, {"held_out_nats_per_byte", loss}};
-    Role role = {"", r->best_params};
-    Error e;
-    if (checkpoint_save(path_in_out(path, sizeof path, "model.safetensors"), &r->model, &role, 1,
-                        pairs, 2, &e))
-        die(&r->cli, &e);
-    r->best_unsaved = false;
-}
-
-// The metadata's key of option i; stays until the program ends, as a Pair needs.
-static const char *saved_key(int i) {
-    static char keys[N_OPTIONS][64];
-    snprintf(keys[i], sizeof keys[i], "option.%s", table[i].name);
-    return keys[i];
-}
-
-// All that resuming needs: the training arrays, the step, and every option that makes the run what
-// it is. Random numbers need nothing: they are a function of seed and step.
-static void save_state(Run *r) {
-    const Model *m = &r->model;
-    const struct { const char *name; const real *from; } arrays[] = {
-        {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
-    char path[4096], numbers[4][32];
-    // Not on the stack, 4096 bytes to an option. 1 << 16: what checkpoint.c reads back at most.
-    static char values[N_OPTIONS][4096], files[1 << 16];
-    // 5: step, best, best_step, text, files
-    Pair pairs[N_OPTIONS + 5];
-    Role roles[4];
-    int n_pairs = 0, n_roles = 0;
-    snprintf(numbers[0], 32, "%lld", (long long)r->step);
-    // %a: hexadecimal, so that the best comes back to the bit.
-    snprintf(numbers[1], 32, "%a", r->best);
-    snprintf(numbers[2], 32, "%lld", (long long)r->best_step);
-    snprintf(numbers[3], 32, "%016llx", (unsigned long long)r->data.hash);
-    pairs[n_pairs++] = (Pair){"step", numbers[0]};
-    pairs[n_pairs++] = (Pair){"best", numbers[1]};
-    pairs[n_pairs++] = (Pair){"best_step", numbers[2]};
-    pairs[n_pairs++] = (Pair){"text", numbers[3]};
-    // One name a line: what take_saved_files takes apart.
-    files[0] = 0;
-    for (int i = 0; i < r->cli.n_files; i++) {
-        size_t used = strlen(files);
-        snprintf(files + used, sizeof files - used, "%s\n", r->cli.files[i]);
-    }
-    pairs[n_pairs++] = (Pair){"files", files};
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (table[i].saved)
-            pairs[n_pairs++] = (Pair){saved_key(i), option_text(&table[i], values[i], 4096)};
-    for (int i = 0; i < 4; i++) {
-        // Without --ema there is no average.
-        if (!arrays[i].from) continue;
-        real *host = r->host + (size_t)n_roles * m->n_params;
-        model_read(m, host, arrays[i].from);
-        roles[n_roles++] = (Role){arrays[i].name, host};
-    }
-    Error e;
-    if (checkpoint_save(path_in_out(path, sizeof path, "state.safetensors"), m, roles, n_roles,
-                        pairs, n_pairs, &e))
-        die(&r->cli, &e);
-}
-
-// Both files; the model first, so that the best which a state speaks of is there to go on with.
-static void save(Run *r) {
-    if (r->best_unsaved) save_model(r);
-    save_state(r);
-    r->saved_step = r->step;
-    r->last_save = now();
-}
-
-// A copy that outlives the checkpoint: options and file names stay until the program ends.
-static char *copy_text(const char *text) {
-    char *copy = malloc(strlen(text) + 1);
-    if (!copy) abort();
-    return strcpy(copy, text);
-}
-
-// Takes a saved run's options for those not given; refuses one that is given and differs. Only
-// --steps may change: it moves the end of the learning-rate schedule.
-static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
-    for (int i = 0; i < N_OPTIONS; i++) {
-        char given[4096];
-        Option *o = &table[i];
-        const char *saved = o->saved ? checkpoint_get(ck, saved_key(i)) : NULL;
-        if (!o->saved) continue;
-        if (!saved)
-            return fail(e, "%s: no %s in its metadata: another version of this program wrote it, "
-                           "start anew", ck->name, saved_key(i));
-        if (o->given && strcmp(option_text(o, given, sizeof given), saved) != 0) {
-            if (strcmp(o->name, "steps") != 0)
-                return fail(e, "%s: that run has --%s %s, not %s; leave the option out to go on "
-                               "with it", ck->name, o->name, *saved ? saved : "(none)", given);
-            fprintf(stderr, "note: --steps was %s: the learning rate now falls until %s\n", saved,
-                    given);
-        } else if (o->kind == OPT_FLAG) {
-            // Not given: what the run had. A text that was not set is saved as "".
-            *(bool *)o->value = strcmp(saved, "yes") == 0;
-        } else if (o->kind != OPT_TEXT || *saved) {
-            parse_value(cli, o, o->kind == OPT_TEXT ? copy_text(saved) : saved);
-        }
-    }
-    return 0;
-}
-
-// The texts of a saved run, one name a line, where none is given. (Standard input must be again.)
-static int take_saved_files(Cli *cli, const Checkpoint *ck, Error *e) {
-    const char *saved = checkpoint_get(ck, "files");
-    if (!saved) return fail(e, "%s: no files in its metadata", ck->name);
-    if (cli->n_files || !*saved) return 0;
-    free(cli->files);
-    char *names = copy_text(saved), *save;
-    size_t most = 1;
-    for (const char *p = names; *p; p++) most += *p == '\n';
-    cli->files = calloc(most, sizeof *cli->files);
-    if (!cli->files) return fail(e, "out of memory");
-    for (char *name = strtok_r(names, "\n", &save); name; name = strtok_r(NULL, "\n", &save))
-        cli->files[cli->n_files++] = name;
-    return 0;
-}
-
-// All of text as a number; -1 if it is none.
-static int parse_int64(const char *text, int64_t *x) {
-    char *end;
-    if (!text) return -1;
-    *x = strtoll(text, &end, 10);
-    return *text && !*end ? 0 : -1;
-}
-
-// Parameters, moments, average, step and best of the state file. (open_log cuts back the log.)
-static int load_state(Run *r, const Checkpoint *ck, Error *e) {
-    Model *m = &r->model;
-    const struct { const char *name; real *to; } arrays[] = {
-        {"params", m->params}, {"m", m->m}, {"v", m->v}, {"ema", m->ema}};
-    char hash[32], *end;
-    // The configuration first: r->host has room for this model's parameters, not for any other's.
-    if (checkpoint_match(ck, &r->config, e)) return -1;
-    snprintf(hash, sizeof hash, "%016llx", (unsigned long long)r->data.hash);
-    const char *text = checkpoint_get(ck, "text"), *best = checkpoint_get(ck, "best");
-    if (!text || strcmp(text, hash) != 0)
-        return fail(e, "%s: that run had another text (or another split of it): give the same "
-                       "files in the same order", ck->name);
-    if (!best || parse_int64(checkpoint_get(ck, "step"), &r->step) ||
-        parse_int64(checkpoint_get(ck, "best_step"), &r->best_step) || r->step < 0 ||
-        r->step > UINT32_MAX)
-        return fail(e, "%s: step, best or best_step is missing or no number", ck->name);
-    r->best = strtod(best, &end);
-    for (int i = 0; i < 4; i++) {
-        if (!arrays[i].to) continue;
-        if (checkpoint_read(ck, arrays[i].name, r->host, e)) return -1;
-        model_write(m, arrays[i].to, r->host);
-    }
-    // Random numbers and learning rate are functions of the step's number: nothing else is missing.
-    StepState *state = calloc(1, sizeof *state);
-    if (!state) return fail(e, "out of memory");
-    state->step = (uint32_t)r->step;
-    r->backend->upload(m->state, state, sizeof *state);
-    free(state);
-    r->saved_step = r->step;
-    return 0;
-}
-
-// The best parameters of a run that goes on; before its first evaluation there are none.
-static int load_best(Run *r, Error *e) {
-    Checkpoint ck;
-    char path[4096];
-    if (r->best_step == 0) return 0;
-    if (checkpoint_open(&ck, path_in_out(path, sizeof path, "model.safetensors"), e)) return -1;
-    int status = checkpoint_match(&ck, &r->config, e);
-    if (status == 0) status = checkpoint_read(&ck, "", r->best_params, e);
-    checkpoint_close(&ck);
-    return status;
-}
-
-// The CPU as Linux names it: figures mean little without it.
-static const char *machine_name(char *buffer, size_t size) {
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    char line[256];
-    snprintf(buffer, size, "unknown CPU");
-    while (f && fgets(line, sizeof line, f)) {
-        char *name = strstr(line, "model name") == line ? strchr(line, ':') : NULL;
-        if (!name) continue;
-        name[strcspn(name, "\n")] = 0;
-        snprintf(buffer, size, "%s", name + 2);
-        break;
-    }
-    if (f) fclose(f);
-    return buffer;
-}
-
-static int threads_in_use(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-// A new log with its header, or on resuming the old one without the rows after r->step.
-static int open_log(Run *r, bool resumed, Error *e) {
-    char path[4096], line[8192], name[128], value[4096];
-    path_in_out(path, sizeof path, "log.tsv");
-    FILE *old = resumed ? fopen(path, "r") : NULL;
-    Output out;
-    if (output_open(&out, path, true, e)) return -1;
-    if (old) {
-        while (fgets(line, sizeof line, old))
-            // Comments and header stay; steps after the saved one will be taken and logged again.
-            if (line[0] == '#' || line[0] == 's' || atoll(line) <= r->step) fputs(line, out.file);
-        fclose(old);
-        fprintf(out.file, "# resumed at step %lld\n", (long long)r->step);
-    } else {
-        fprintf(out.file, "# fuzzytok.c on %s, %s backend, %d threads\n",
-                machine_name(name, sizeof name), r->backend->name, threads_in_use());
-        fprintf(out.file, "# %zu parameters, receptive field %lld bytes\n#", r->model.n_params,
-                (long long)config_receptive_field(&r->config));
-        for (int i = 0; i < N_OPTIONS; i++) {  // as they would be typed
-            const Option *o = &table[i];
-            if (!o->saved) continue;
-            option_text(o, value, sizeof value);
-            if (o->kind == OPT_FLAG)
-                fprintf(out.file, " --%s%s", *(bool *)o->value ? "" : "no-", o->name);
-            else if (*value)
-                fprintf(out.file, strchr(value, ' ') ? " --%s \"%s\"" : " --%s %s", o->name, value);
-        }
-        fprintf(out.file, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
-    }
-    // Whole under its name first; from now on rows are appended.
-    if (output_commit(&out, e)) return -1;
-    r->log = fopen(path, "a");
-    return r->log ? 0 : fail(e, "cannot write %s: %s", path, strerror(errno));
-}
-
-// Makes opt.out. A finished or interrupted run that is there already is moved aside, not lost.
-static int make_folder(Error *e) {
-    char path[4096], aside[4096];
-    struct stat st;
-    bool there = stat(path_in_out(path, sizeof path, "state.safetensors"), &st) == 0 ||
-                 stat(path_in_out(path, sizeof path, "model.safetensors"), &st) == 0;
-    if (there) {
-        for (int i = 1; i < 100000; i++) {
-            snprintf(aside, sizeof aside, "%s.%d", opt.out, i);
-            if (stat(aside, &st) != 0) break;
-        }
-        if (rename(opt.out, aside))
-            return fail(e, "cannot move the earlier run %s aside: %s", opt.out, strerror(errno));
-        fprintf(stderr, "note: the run that was in %s is now in %s\n", opt.out, aside);
-    }
-    if (mkdir(opt.out, 0777) && errno != EEXIST)
-        return fail(e, "cannot make the folder %s: %s", opt.out, strerror(errno));
-    // Refused now, not when the first save would have to be given up.
-    if (stat(opt.out, &st) || !S_ISDIR(st.st_mode) || access(opt.out, W_OK))
-        return fail(e, "cannot write into %s, expected a folder: choose another --out", opt.out);
-    return 0;
-}
-
-// ---- Beginning, steps, end ---------------------------------------------------------------------
+// ---- Beginning, steps, end ----------------------------------------------------------------------
 
 // A text that `params` write by themselves, on standard output.
+static bool samples_lost;  // to a disk, not to a reader who had enough: the exit status says so
 static void print_sample(const Run *r, const real *params) {
     // On the CPU whatever the device: stream.c has no other form.
     Stream s;
@@ -563,82 +233,20 @@ static void print_sample(const Run *r, const real *params) {
     if (opt.sample_bytes == 0) return;
     if (stream_open(&s, &r->config, params, 1, &e)) die(&r->cli, &e);
     stream_begin(&s, 1);
-    for (int64_t i = 0; i < opt.sample_bytes; i++) {
+    for (int64_t i = 0; i < opt.sample_bytes && !stop_signal && !ferror(stdout); i++) {
         stream_push(&s, &id, NULL, logits);
         id = stream_sample(&s, &sampler, logits, 0);
         bool control = id < 32 && id != '\n' && id != '\t';
         putchar(control && isatty(1) ? '?' : id);  // a terminal would obey control bytes
     }
     printf("\n");
-    fflush(stdout);
     stream_free(&s);
-}
-
-// Types the preset's words for the user. It comes after the command line, whose options it leaves.
-static void apply_preset(const Cli *cli) {
-    char words[512], *save;
-    snprintf(words, sizeof words, "%s", presets[opt.preset].options);
-    if (presets[opt.preset].units && !find_option(cli, "units", 5)->given)
-        opt.units = presets[opt.preset].units;
-    for (char *word = strtok_r(words, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
-        bool on;
-        // + 2: the "--". The words go with this function, so no preset may set a text.
-        Option *o = find_named(cli, word + 2, strlen(word + 2), &on);
-        char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &save);
-        if (o->given) continue;
-        if (value)
-            parse_value(cli, o, value);
-        else
-            *(bool *)o->value = on;
-    }
-}
-
-static int config_of_options(Config *c, Error *e) {
-    *c = (Config){.channels = (int)opt.channels,
-                  // 0: as wide as the model
-                  .latent = (int)(opt.latent ? opt.latent : opt.channels),
-                  .activation = (Activation)opt.activation, .tie = opt.tie,
-                  .window = (int)(opt.seq < MAX_WINDOW ? opt.seq : MAX_WINDOW),
-                  .softcap = (float)opt.softcap};
-    if (strlen(opt.units) >= sizeof c->units)
-        return fail(e, "--units is %zu characters long, at most %d: use groups, Nx(...)",
-                    strlen(opt.units), UNITS_TEXT - 1);
-    snprintf(c->units, sizeof c->units, "%s", opt.units);
-    return config_check(c, e);
-}
-
-// eps: PyTorch's default for AdamW.
-static Training training_of_options(void) {
-    return (Training){
-        .dropout = (float)opt.dropout, .byte_dropout = (float)opt.byte_dropout, .seed = opt.seed,
-        .passes = (int)opt.accum, .at_once = opt.at_once,
-        .hyper = {.steps = opt.steps, .warmup = opt.warmup, .lr = opt.lr, .min_lr = opt.min_lr,
-                  .beta1 = opt.beta1, .beta2 = opt.beta2, .eps = 1e-8,
-                  .weight_decay = opt.weight_decay, .clip = opt.clip, .ema = opt.ema}};
-}
-
-// Plans both models. The scorer's windows are long enough that little of one is only context, and
-// hold nanoGPT's.
-static int open_models(Run *r, Error *e) {
-    Training training = training_of_options();
-    int64_t context = config_receptive_field(&r->config), N = opt.batch * opt.seq;
-    // At four times the receptive field, three quarters of a window are scored.
-    int64_t T = opt.seq > 4 * context ? opt.seq : 4 * context, B;
-    if (T < WINDOW) T = WINDOW;
-    // As many bytes to a pass as in training, but one window at least.
-    B = N / T > 1 ? N / T : 1;
-    if (N > 1 << 27 || T > 1 << 27)
-        return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
-                       "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
-    if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e) ||
-        model_open(&r->scorer, r->backend, &r->config, (int)B, (int)T, NULL, e))
-        return -1;
-    // 4: params, m, v and ema of a state file at once
-    r->host = malloc(4 * r->model.n_params * sizeof *r->host);
-    r->best_params = malloc(r->model.n_params * sizeof *r->best_params);
-    if (!r->host || !r->best_params) return fail(e, "out of memory");
-    const Data *d = &r->data;
-    return model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e);
+    // The reader of a pipe may go, and a disk be full: that ends the samples, not the training.
+    if (fflush(stdout) == 0 && !ferror(stdout)) return;
+    samples_lost = errno != EPIPE;
+    progress_end(&progress);
+    fprintf(stderr, "note: standard output cannot be written: no more samples\n");
+    opt.sample_bytes = 0;
 }
 
 // What will be trained, on what, and the memory it takes: on standard error, samples go to output.
@@ -654,20 +262,26 @@ static void print_plan(const Run *r) {
     for (int i = 0; i < m->n_memory; i++)
         fprintf(stderr, "  %-24s %10.2f MB\n", m->memory[i].role, (double)m->memory[i].bytes / 1e6);
     fprintf(stderr, "%.1f MB to train, %.1f MB to evaluate\n", (double)model_memory(m) / 1e6,
-            (double)model_memory(&r->scorer) / 1e6);
-    for (int i = 0; i < r->data.n; i++) {
-        const Text *t = &r->data.texts[i];
+            (double)model_memory(&scorer) / 1e6);
+    for (int i = 0; i < data.n; i++) {
+        const Text *t = &data.texts[i];
         fprintf(stderr, "%s: %zu bytes, of them %zu held out\n", t->name, t->n, t->n - t->n_train);
     }
-    if (r->data.floor > 0)
+    if (data.floor > 0)
         fprintf(stderr, "its entropy is known: no model gets below %.4f bits/byte\n",
-                r->data.floor);
+                data.floor);
+}
+
+static void save(Run *r) {
+    Error e;
+    if (run_save(r, &e)) die(&r->cli, &e);
 }
 
 // Ends a run that cannot go on, with the best of it on disk.
 static void stop_run(Run *r, const Error *e) {
-    end_line(r);
-    if (r->best_unsaved) save_model(r);
+    progress_end(&progress);
+    Error second;
+    if (r->best_unsaved && run_save_model(r, &second)) fprintf(stderr, "%s\n", second.text);
     die(&r->cli, e);
 }
 
@@ -688,7 +302,7 @@ static void stop_not_finite(Run *r, const StepFigures *f) {
     fail(&e, "step %lld: %s is not finite (loss %g). That step changed nothing%s%s. Try a lower "
              "--lr, more --warmup or --clip 1",
          (long long)r->step + 1, find_culprit(r), (double)f->loss,
-         r->best_step ? "; the best before it stays in " : "", r->best_step ? opt.out : "");
+         r->best_step ? "; the best before it stays in " : "", r->best_step ? r->folder : "");
     stop_run(r, &e);
 }
 
@@ -706,132 +320,140 @@ static void see_steps(Run *r, int64_t queued) {
     for (; r->step < (int64_t)state.step; r->step++) {
         const StepFigures *f = &state.ring[r->step % RING];
         // The row of a step, without a held-out loss; the row of an evaluation has nothing else.
-        fprintf(r->log, "%lld\t%.9g\tnan\t%.9g\t%.9g\n", (long long)r->step + 1, (double)f->loss,
+        run_log(r, "%lld\t%.9g\tnan\t%.9g\t%.9g\n", (long long)r->step + 1, (double)f->loss,
                 (double)f->grad_norm, (double)f->lr);
     }
-    fflush(r->log);
-    r->last_seen = now();
+    run_flush_log(r);
+    watch.last_seen = now();
     // The backend counts only steps that were taken. One that is missing was not finite, and those
     // queued behind it were the same one again: same step, same text, same parameters.
     if (r->step < queued) stop_not_finite(r, &state.ring[r->step % RING]);
     print_progress(r, &state.ring[(r->step - 1) % RING], queued == opt.steps);
 }
 
+// The averaged or the current parameters into r->host, and their held-out loss; INFINITY where
+// nothing is held out. 1: a signal came first.
+static int judge(Run *r, double *loss) {
+    size_t scored;
+    *loss = INFINITY;
+    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
+    if (data.n_held_out == 0) return 0;
+    model_write(&scorer, scorer.params, r->host);
+    if (held_out_loss(r, middle_bytes(), loss, &scored)) return 1;
+    if (!isfinite(*loss)) {
+        Error e;
+        fail(&e, "step %lld: the held-out loss is not finite. Try a lower --lr, more --warmup or "
+                 "--clip 1", (long long)r->step);
+        stop_run(r, &e);
+    }
+    progress_end(&progress);
+    fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
+            (long long)r->step, *loss, bits(*loss), exp(*loss));
+    if (data.floor > 0)
+        fprintf(stderr, ", %.4f bits/byte above the floor", bits(*loss) - data.floor);
+    if (scored < data.n_held_out)
+        fprintf(stderr, ", on %zu of %zu held-out bytes", scored, data.n_held_out);
+    fprintf(stderr, "  %.2f s%s\n", now() - watch.started,
+            *loss < r->best ? "  (best so far)" : "");
+    run_log(r, "%lld\tnan\t%.9g\tnan\tnan\n", (long long)r->step, *loss);
+    run_flush_log(r);
+    return 0;
+}
+
 // Held-out loss into terminal and log; the best parameters aside, and with the state into the
 // folder when --save-every is over: 1.6 M parameters take 0.14 s to save, on a GPU many steps.
 static void evaluate(Run *r) {
+    double loss;
+    if (judge(r, &loss)) return;
     // Without held-out text the last parameters are the best.
-    bool better = true;
-    double loss = NAN;
-    if (r->data.n_held_out > 0) {
-        loss = held_out_loss(r);
-        if (!isfinite(loss)) {
-            Error e;
-            fail(&e, "step %lld: the held-out loss is not finite. Try a lower --lr, more "
-                     "--warmup or --clip 1", (long long)r->step);
-            stop_run(r, &e);
-        }
-        better = loss < r->best;
-        end_line(r);
-        fprintf(stderr, "step %lld  held-out %.4f nats/byte = %.4f bits/byte, perplexity %.3f",
-                (long long)r->step, loss, bits(loss), exp(loss));
-        if (r->data.floor > 0)
-            fprintf(stderr, ", %.4f bits/byte above the floor", bits(loss) - r->data.floor);
-        fprintf(stderr, "  %.2f s%s\n", now() - r->started, better ? "  (best so far)" : "");
-        fprintf(r->log, "%lld\tnan\t%.9g\tnan\tnan\n", (long long)r->step, loss);
-        fflush(r->log);
-    } else {
-        model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
-    }
-    if (better) {
+    if (loss < r->best || data.n_held_out == 0) {
         r->best = loss;
         r->best_step = r->step;
+        r->whole = 0;
         memcpy(r->best_params, r->host, r->model.n_params * sizeof *r->host);
         r->best_unsaved = true;
-        r->best_seconds = now() - r->started;
+        watch.best_seconds = now() - watch.started;
     }
+    r->evaluated = r->step;
+    r->saved_step = -1;
     // r->host holds what was just judged. After the last step main() prints a sample of the best.
     if (opt.sample_every && r->step % opt.sample_every == 0 && r->step < opt.steps)
         print_sample(r, r->host);
     if (now() - r->last_save >= opt.save_every) save(r);
 }
 
+// Whether an evaluation belongs after that step. A sample comes with one, which brings the
+// parameters to the host.
+static bool due(int64_t step) {
+    return step % opt.eval_every == 0 || step == opt.steps ||
+           (opt.sample_every && step % opt.sample_every == 0);
+}
+
 // Queues steps without waiting for them; sees them when an evaluation is due, before the ring of
 // figures is full, on a signal, and ten times a second.
 static void train(Run *r) {
-    r->first_step = r->step;
-    r->started = r->last_seen = r->last_save = now();
+    watch.first_step = r->step;
+    watch.started = watch.last_seen = r->last_save = now();
+    progress_begin(&progress, r->step);
+    // A signal may have ended the evaluation after which this run goes on.
+    if (r->step > 0 && due(r->step) && r->evaluated != r->step) evaluate(r);
     // r->step counts what the host has seen, queued what it has asked for.
     int64_t queued = r->step;
     while (queued < opt.steps && !stop_signal) {
         model_train_step(&r->model);
         queued++;
-        // A sample comes with an evaluation, which brings the parameters to the host.
-        bool due = queued % opt.eval_every == 0 || queued == opt.steps ||
-                   (opt.sample_every && queued % opt.sample_every == 0);
-        if (due || stop_signal || queued - r->step >= RING / 2 || now() - r->last_seen > 0.1)
+        if (due(queued) || stop_signal || queued - r->step >= RING / 2 ||
+            now() - watch.last_seen > 0.1)
             see_steps(r, queued);
-        if (due) evaluate(r);
+        if (due(queued)) evaluate(r);
     }
     if (queued > r->step) see_steps(r, queued);  // the signal came after the last look
-    end_line(r);
+    progress_end(&progress);
     // Also after a signal: no step that was taken is lost.
     if (r->step != r->saved_step) save(r);
 }
 
+// The best parameters' loss on the whole held-out text, where so far a part of it was scored, or
+// else as nanoGPT counts: on the terminal and in the log.
+static void print_last_figure(Run *r) {
+    size_t scored;
+    fprintf(stderr, "whole held-out text: %zu bytes", data.n_held_out);
+    model_write(&scorer, scorer.params, r->best_params);
+    if (middle_bytes() < data.n_held_out) {
+        if (held_out_loss(r, data.n_held_out, &r->whole, &scored)) return;
+        progress_end(&progress);
+        fprintf(stderr, ", %.4f nats/byte", r->whole);
+        run_log(r, "# best: step %lld, held out %.9g on a part, on all %zu bytes %.9g\n",
+                (long long)r->best_step, r->best, scored, r->whole);
+        Error e;
+        if (run_save_model(r, &e)) die(&r->cli, &e);
+    } else {
+        double windows = loss_in_windows(r);
+        // NAN: there was no position to judge, or a signal came.
+        if (windows != windows) return;
+        fprintf(stderr, "; in windows of %d that do not overlap, as nanoGPT counts: "
+                        "%.4f nats/byte", WINDOW, windows);
+        run_log(r, "# best: step %lld, held out %.9g, in windows of %d bytes that do not "
+                   "overlap %.9g\n", (long long)r->best_step, r->best, WINDOW, windows);
+    }
+    run_flush_log(r);
+}
+
 // What the run came to: on the terminal, and without the time, which no two runs share, in the log.
 static void print_result(Run *r) {
-    double seconds = now() - r->started;
-    if (r->data.n_held_out > 0) {
-        double windows = loss_in_windows(r);
+    double seconds = now() - watch.started;
+    if (data.n_held_out > 0) {
         fprintf(stderr, "best held-out loss %.4f nats/byte at step %lld", r->best,
                 (long long)r->best_step);
-        if (r->best_step > r->first_step)
-            fprintf(stderr, ", %.2f s after %s began", r->best_seconds,
-                    r->first_step ? "this part of the run" : "the first step");
-        // Not NAN: there was a position to judge.
-        if (windows == windows) {
-            fprintf(stderr, "\nin windows of %d bytes that do not overlap, as nanoGPT counts: "
-                            "%.4f nats/byte", WINDOW, windows);
-            fprintf(r->log, "# best: step %lld, held out %.9g, in windows of %d bytes that do not "
-                            "overlap %.9g\n", (long long)r->best_step, r->best, WINDOW, windows);
-            fflush(r->log);
-        }
+        if (r->best_step > watch.first_step)
+            fprintf(stderr, ", %.2f s after %s began", watch.best_seconds,
+                    watch.first_step ? "this part of the run" : "the first step");
+        if (middle_bytes() < data.n_held_out) fprintf(stderr, ", on a part of the text");
+        fprintf(stderr, "\n");
+        print_last_figure(r);
         fprintf(stderr, "\n");
     }
-    fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, opt.out);
-}
-
-static bool on_gpu(const Run *r) {
-    return r->backend != &cpu_backend && r->backend != &plain_backend;
-}
-
-// Reads what is to be read, plans and allocates; the folder and the log come last, so that a run
-// which cannot start leaves no trace.
-static int begin(Run *r, Error *e) {
-    static Checkpoint ck;
-    char path[4096];
-    // The saved run's options first: the model, the texts and the backend follow from them.
-    if (opt.resume) {
-        opt.out = opt.resume;
-        path_in_out(path, sizeof path, "state.safetensors");
-        if (checkpoint_open(&ck, path, e)) return -1;
-        if (!ck.is_state) return fail(e, "%s is a model, not the state of a run", path);
-        if (take_saved_options(&r->cli, &ck, e) || take_saved_files(&r->cli, &ck, e)) return -1;
-    }
-    r->best = INFINITY;
-    r->saved_step = -1;  // nothing yet
-    if (config_of_options(&r->config, e)) return -1;
-    if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
-    // A GPU's kernels are held against the CPU's before they are trusted with a run.
-    if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
-    if (load_data(&r->data, &r->cli, e) || open_models(r, e))
-        return -1;
-    int failed = opt.resume ? load_state(r, &ck, e) || load_best(r, e)
-                            : model_init_params(&r->model, opt.seed, e);
-    checkpoint_close(&ck);
-    if (failed || (!opt.resume && make_folder(e)) || open_log(r, opt.resume != NULL, e)) return -1;
-    return 0;
+    fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, r->folder);
 }
 
 // What --units may hold, for --help: a line for each mixer.
@@ -853,6 +475,7 @@ static void add_mixers(char *about, size_t size) {
 
 int main(int argc, char **argv) {
     static Run run;
+    double began = now();
     Run *r = &run;
     Error e;
     static char about[2048] =
@@ -863,18 +486,24 @@ int main(int argc, char **argv) {
     r->cli = (Cli){"train", "usage: ./train [options] [FILE...]      FILE - is standard input",
                    about, table, N_OPTIONS, NULL, 0};
     parse_options(&r->cli, argc, argv);
-    apply_preset(&r->cli);
-    if (opt.resume && find_option(&r->cli, "out", 3)->given)
+    apply_row(&r->cli, presets[opt.preset].units, presets[opt.preset].options);
+    if (opt.resume && given(&r->cli, "out"))
         usage_error(&r->cli, "--resume DIR goes on in DIR: leave --out out%s%s", "", "");
-    if (opt.resume && find_option(&r->cli, "preset", 6)->given)
-        usage_error(&r->cli, "--resume DIR goes on with that run's options: leave --preset out%s%s",
-                    "", "");
+    static const char *const fixed[] = {"preset", "minutes", "init"};
+    for (int i = 0; i < 3; i++)
+        if (opt.resume && given(&r->cli, fixed[i]))
+            usage_error(&r->cli, "--resume DIR goes on with that run's options: leave --%s out%s",
+                        fixed[i], "");
+    if (opt.minutes > 0 && given(&r->cli, "steps"))
+        usage_error(&r->cli, "--minutes chooses the steps: leave --steps or --minutes out%s%s", "",
+                    "");
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
     // A progress line redraws itself only there; in a file each is a line of its own.
-    r->terminal = isatty(2);
-    if (begin(r, &e)) die(&r->cli, &e);
+    progress.terminal = isatty(2);
+    signal(SIGPIPE, SIG_IGN);  // print_sample sees that its reader has gone
+    if (begin_run(r, began, &e)) die(&r->cli, &e);
     print_plan(r);
 
     // From here on there is something to save: a signal ends the loop, not the program.
@@ -882,13 +511,12 @@ int main(int argc, char **argv) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     train(r);
-    if (r->step < opt.steps) {
+    if (r->step < opt.steps || r->evaluated < r->step) {
         fprintf(stderr, "stopped after step %lld; go on with: ./train --resume %s\n",
-                (long long)r->step, opt.out);
+                (long long)r->step, r->folder);
         return 0;
     }
     print_result(r);
     print_sample(r, r->best_params);
-    flush_stdout(&r->cli);
-    return 0;
+    return samples_lost;
 }

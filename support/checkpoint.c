@@ -673,10 +673,12 @@ static int read_at(const Checkpoint *ck, uint64_t offset, void *to, size_t n, Er
     return bad(ck, e, "cannot read: %s", errno ? strerror(errno) : "it became shorter");
 }
 
-// The checksum covers everything after the length, its own digits taken as zeros. A file without
-// one was written by another program, PyTorch for example: welcome.
+// The checksum covers everything after the length, its own digits taken as zeros. A model without
+// one was written by another program, PyTorch for example: welcome. A state always has one.
 static int verify_checksum(const Checkpoint *ck, Error *e) {
     const char *said = checkpoint_get(ck, "checksum");
+    if (!said && ck->is_state)
+        return bad(ck, e, "a training state without checksum: edited, or not written by ./train");
     if (!said) return 0;
     // From the file once more: the header in memory has been unescaped in place. Where a string
     // starts has not moved, so its place in memory is its place in the file.

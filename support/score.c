@@ -19,7 +19,7 @@ static Window window_at(size_t n, size_t from, size_t w, size_t context, size_t 
 }
 
 int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, size_t context,
-                        size_t stride, double *nats, real *each, Error *e) {
+                        size_t stride, double *nats, ScoreStop stop, Error *e) {
     size_t N = (size_t)m->B * (size_t)m->T, T = (size_t)m->T;
     if (context < 1 || stride < 1 || context > T || stride > T || context + stride - 1 > T)
         return fail(e, "windows of %zu bytes and a stride of %zu need a model that holds %zu, not "
@@ -34,11 +34,11 @@ int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, si
     }
     if (from == 0 && n > 0) {  // nothing stands before the first byte: all V are equally likely
         *nats = log(V);
-        if (each) each[0] = (real)*nats;
         from = 1;
     }
     size_t windows = from < n ? (n - from + stride - 1) / stride : 0, base = from;
-    for (size_t w0 = 0; w0 < windows; w0 += (size_t)m->B) {
+    size_t w0 = 0;
+    for (; w0 < windows && !(stop && stop(w0 * stride)); w0 += (size_t)m->B) {
         // What no window fills is not scored and, the model being causal, not seen by what is.
         for (size_t i = 0; i < N; i++) ids[i] = 0, targets[i] = -1;
         size_t here = windows - w0 < (size_t)m->B ? windows - w0 : (size_t)m->B;
@@ -53,25 +53,38 @@ int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, si
         model_losses(m, ids, targets, losses);
         for (size_t b = 0; b < here; b++) {  // in the order of the text, whatever the batch
             Window v = window_at(n, base, w0 + b, context, stride);
-            for (size_t i = v.score; i < v.score + v.count; i++) {
-                real loss = losses[b * T + i - 1 - v.start];
-                *nats += loss;
-                if (each) each[i] = loss;
-            }
+            for (size_t i = v.score; i < v.score + v.count; i++)
+                *nats += losses[b * T + i - 1 - v.start];
         }
     }
     free(ids);
     free(losses);
-    return 0;
+    return w0 < windows ? 1 : 0;
 }
 
-int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats, real *each,
-                Error *e) {
+int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats,
+                ScoreStop stop, Error *e) {
     int64_t context = config_receptive_field(&m->config);
     if (context > m->T)
         return fail(e, "scoring needs windows of at least the receptive field, %lld bytes, not %d",
                     (long long)context, m->T);
     // Outputs context-1 .. T-1 of a window see all that they can reach: T - context + 1 of them.
     return model_score_windows(m, text, n, from, (size_t)context,
-                               (size_t)m->T - (size_t)context + 1, nats, each, e);
+                               (size_t)m->T - (size_t)context + 1, nats, stop, e);
+}
+
+int model_score_part(Model *m, const uint8_t *text, size_t n, size_t from, size_t part,
+                     double *nats, size_t *scored, ScoreStop stop, Error *e) {
+    size_t pass = (size_t)m->B * ((size_t)m->T - (size_t)config_receptive_field(&m->config) + 1);
+    size_t all = n - from, spans = part < all ? (part + pass - 1) / pass : 1;
+    size_t length = part < all ? part / (spans ? spans : 1) : all;
+    for (size_t k = 0; k < spans; k++) {
+        size_t start = from + k * (all / spans);
+        double sum;
+        int status = model_score(m, text, start + length, start, &sum, stop, e);
+        if (status) return status;
+        *nats += sum;
+        *scored += length;
+    }
+    return 0;
 }

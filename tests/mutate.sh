@@ -10,8 +10,8 @@
 #   tests/mutate.sh --gpu [NAME]   mutants_gpu.txt on a machine with a GPU: test_kernels --small
 # CC, CFLAGS, NVCC, JOBS and TESTS (which programs are to notice, the quickest first) are taken from
 # the environment.
-TESTS=${TESTS:-test_units test_causality test_model test_units_f64 test_gradcheck test_sample \
-    test_program test_language}
+TESTS=${TESTS:-test_units test_causality test_model test_run test_units_f64 test_gradcheck \
+    test_sample test_program test_language}
 CC=${CC:-cc}
 CFLAGS=${CFLAGS:--O2}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -69,6 +69,8 @@ build() {
             program test_gradcheck_f32 .o "$source" $model ;;
     test_units_f64) program test_units_f64 _f64.o tests/test_units $model ;;
     test_program) program sample .o sample $core && program test_program .o "$source" $core ;;
+    test_run) program test_run .o "$source" support/run support/texts support/progress \
+        data/language $core ;;
     *) program "$1" .o "$source" $core ;;
     esac
 }
@@ -145,6 +147,8 @@ one() {
     else
         forget "$file"
         case $file in  # what only one of them sees should not wait for all others to pass
+        support/run.c | support/score.c | support/texts.c | support/progress.c)
+            begin_with test_run ;;
         support/checkpoint.c | support/stream.c) begin_with test_sample ;;
         sample.c | support/[dhor]*.[ch]) begin_with test_program ;;
         data/language.c) begin_with test_language ;;

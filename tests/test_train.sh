@@ -10,6 +10,8 @@ trap '[ -z "$pid" ] || kill -9 $pid 2>/dev/null; rm -rf "$work"' EXIT
 cd "$work" || exit 1
 # Under AddressSanitizer: a program that ends with an error leaves its memory to the system.
 export ASAN_OPTIONS=detect_leaks=0
+# Threads that spin while they wait would fight for the cores of a busy machine.
+export OMP_WAIT_POLICY=passive
 passed=0 failed=0 skipped=0
 ok() { passed=$((passed + 1)); echo "ok   $1"; }
 bad() { failed=$((failed + 1)); echo "FAIL $1"; }
@@ -24,6 +26,8 @@ small="--device cpu --channels 48 --batch 4 --seq 96 --activation gelu --tie \
 train() { "$root/train" "$@" >>"$work/stdout" 2>>"$work/stderr"; }
 start() { "$root/train" "$@" >>"$work/stdout" 2>>"$work/stderr" & pid=$!; } # no subshell between: kill meets it
 same() { cmp -s "$1" "$2"; }
+# The last 60,000 bytes are weights; the metadata before them names texts.
+same_weights() { tail -c 60000 "$1" >weights; tail -c 60000 "$2" | cmp -s - weights; }
 rows() { grep -v '^#' "$1"; }
 
 # ---- The same bits however the run is cut, and on however many threads ----
@@ -117,7 +121,7 @@ for text in zeros noise invalid; do
     check $? "a text of $text trains"
 done
 train $small --steps 3 --out stdin - <noise && train $small --steps 3 --out file noise &&
-    same stdin/model.safetensors file/model.safetensors
+    same_weights stdin/model.safetensors file/model.safetensors
 check $? "standard input is a text like any other"
 train $small --steps 3 --out two noise zeros && grep -q 'zeros: 3000 bytes, of them 300' "$work/stderr"
 check $? "two texts, a tenth of each held out"
@@ -191,7 +195,7 @@ check $? "nothing held out: nothing said of it"
 # ---- Presets and switches: what a run with them was, by its log ----
 
 settings() { grep '^# --' "$1/log.tsv" | sed 's/^# //; s/ --seed.*\( --eval\)/\1/'; } # of a run
-option() { settings "$1" | grep -q -e " $2 "; }
+option() { settings "$1" | grep -q -e " $2 " -e "^$2 "; }
 tiny="--device cpu --channels 8 --steps 1 --sample-bytes 0"
 (ulimit -t 20; train --batch 2 $tiny --preset shakespeare --no-at-once --seq 64 --out preset text) &&
     option preset '--activation gelu' && option preset '--tie' && option preset '--batch 2' &&
@@ -244,6 +248,188 @@ train $small2 --kernels plain --units "conv:2:2 block:2:1:2" --out plain1 text &
     rows plain1/log.tsv >a && rows plain2/log.tsv | paste a - | awk '$1 > 0 && $2 != "nan" && $2 != "train_loss" { n++; if (($2 - $7) ^ 2 > 1e-10) bad++ }
         END { exit bad || n != 3 }'
 check $? "--kernels plain trains to the same losses"
+
+# ---- One trainer at a time in a folder ----
+
+wait_for() { # file, text: until it is there, 30 s at most
+    for i in $(seq 3000); do grep -q -e "$2" "$1" 2>/dev/null && return 0; sleep 0.01; done
+    return 1
+}
+fails() { "$root/train" "$@" >/dev/null 2>message </dev/null; [ $? = 1 ]; } # status 1 and a message
+start $small --steps 100000 --eval-every 10 --save-every 0 --out live text
+wait_for live/log.tsv '^20	nan'
+fails $small --steps 1 --out live text &&
+    grep -q "process $pid since .* trains in live: choose another --out, or wait" message &&
+    [ ! -e live.1 ]
+check $? "a second trainer is told who trains there, and moves nothing"
+fails --resume live && grep -q "process $pid since" message
+check $? "and so is one that would go on with that run"
+kill -9 $pid; wait $pid 2>/dev/null
+train --resume live --steps $(($(rows live/log.tsv | tail -1 | cut -f1) + 5))
+check $? "a killed trainer holds nothing"
+train $small --steps 1 --out slash/ text && train $small --steps 1 --out slash/ text &&
+    [ -f slash/model.safetensors ] && [ -f slash.1/model.safetensors ]
+check $? "--out slash/ twice: the first run is moved aside"
+mkdir dot
+(cd dot && train $small --steps 1 --out . ../text && fails $small --steps 1 --out . ../text &&
+    grep -q 'cannot be moved aside.*current folder.*another --out' message &&
+    "$root/sample" model.safetensors --bytes 1 >/dev/null 2>&1)
+check $? "--out . twice: the first run stays, and the second is told what to do"
+mkdir target && ln -s target link
+train $small --steps 1 --out link text && train $small --steps 1 --out link text && [ -L link ] &&
+    [ -f target/model.safetensors ] && [ -f target.1/model.safetensors ]
+check $? "a link stays a link to the folder of the last run"
+lost=0
+for round in 1 2 3 4 5; do # a finished run lies there; six begin at once
+    rm -rf race race.*
+    train $small --steps 1 --out race text
+    pids=
+    for i in 1 2 3 4 5 6; do
+        "$root/train" $small --threads 1 --steps 1000000 --eval-every 100000 --out race text \
+            >/dev/null 2>message$i &
+        pids="$pids $!"
+    done
+    for i in $(seq 3000); do # until five have given up
+        alive=0
+        for p in $pids; do kill -0 $p 2>/dev/null && alive=$((alive + 1)); done
+        [ $alive = 1 ] && break
+        sleep 0.01
+    done
+    [ $alive = 1 ] && [ -f race.1/model.safetensors ] && [ ! -e race.2 ] &&
+        wait_for race/log.tsv '^step' || lost=$((lost + 1))
+    kill -9 $pids 2>/dev/null; wait $pids 2>/dev/null
+done
+check $lost "of six that begin at once one trains; the run of before is moved aside, once"
+
+# ---- Evaluation: bounded, and it can be stopped ----
+
+"$root/data/language" --bytes 1000000 --seed 3 >long
+stopped() { grep -q 'stopped after step 5;' "$1" && [ "$(rows stop/log.tsv | tail -1 | cut -f1)" = 5 ]; }
+"$root/train" $small --steps 10 --eval-every 5 --threads 1 --val long --val-bytes 800000 --out stop text >/dev/null 2>message & pid=$!
+wait_for stop/log.tsv '^5	'
+kill -TERM $pid; wait $pid
+check $? "a signal during an evaluation: status 0"
+stopped message && ! rows stop/log.tsv | grep -q '^5	nan'
+check $? "it ends that evaluation"
+train --resume stop --threads 1
+train $small --steps 10 --eval-every 5 --threads 1 --val long --val-bytes 800000 --out unstopped text
+rows stop/log.tsv >a; rows unstopped/log.tsv >b
+same a b && same stop/state.safetensors unstopped/state.safetensors &&
+    same stop/model.safetensors unstopped/model.safetensors
+check $? "which is made up for on resuming: the same log, state and model bit for bit"
+# Steps of a good part of a second: the first signal waits for the end of one.
+start $(echo $small | sed 's/--batch 4/--batch 500/') --steps 100 --eval-every 100 --out twice text
+wait_for twice/log.tsv '^1	'
+kill -TERM $pid; sleep 0.05; kill -TERM $pid; wait $pid
+[ $? = 143 ] && [ ! -e twice/state.safetensors ]
+check $? "a second signal ends the program at once"
+bounded="--steps 12 --eval-every 4 --val-bytes 900"
+"$root/train" $small $bounded --out bounded text noise >/dev/null 2>message
+grep -q 'step 4 .*, on [789][0-9][0-9] of 2300 held-out bytes' message &&
+    grep -q '^whole held-out text: 2300 bytes, [0-9.]* nats/byte$' message
+check $? "--val-bytes: evaluations score a part, the last figure is of the whole"
+train $small --steps 12 --eval-every 4 --out unbounded text noise
+figure() { head -c 1000 "$1/model.safetensors" | tr -d '\n' | sed 's/.*held_out_nats_per_byte":"\([0-9.]*\).*/\1/'; }
+[ "$(rows bounded/log.tsv | tail -1 | cut -f3)" != "$(rows unbounded/log.tsv | tail -1 | cut -f3)" ] &&
+    [ "$(figure bounded)" = "$(figure unbounded)" ] && [ -n "$(figure bounded)" ]
+check $? "which is the figure that the model is saved with ($(figure bounded))"
+
+# ---- Numbers, the log, names, pipes, memory ----
+
+start $small --threads 1 --steps 2000000000 --out endless text
+: >"$work/endless-message"
+wait_for "$work/stderr" '/2000000000 .* [0-9]*d[0-9][0-9]h left$'
+check $? "the time left of two thousand million steps is days"
+kill -9 $pid; wait $pid 2>/dev/null
+cp unbounded/state.safetensors before
+"$root/train" --resume unbounded --steps 5 >/dev/null 2>message </dev/null && [ "$(grep -vc '^on the CPU' message)" = 1 ] &&
+    grep -q 'has taken 12 steps; to go on, give --steps above' message && same before unbounded/state.safetensors
+check $? "fewer steps than are taken: nothing left to do, in one line"
+printf '9\t0.5\t' >>unbounded/log.tsv
+train --resume unbounded --steps 15 && ! grep -q '0.5	#' unbounded/log.tsv &&
+    [ "$(grep -c '^# resumed at step 12$' unbounded/log.tsv)" = 1 ] &&
+    [ "$(rows unbounded/log.tsv | awk '$1 + 0 > 0 && $2 != "nan"' | wc -l)" = 15 ]
+check $? "a log that a crash has cut goes on with a row of its own"
+# 15 KB a file: enough for the state, not for the log.
+(trap '' XFSZ; ulimit -f 30
+ "$root/train" --device cpu --channels 2 --units conv --batch 1 --seq 16 --steps 1000 --eval-every 1000 \
+    --sample-bytes 0 --out fulllog text >/dev/null 2>message) && grep -q 'note: cannot write fulllog/log.tsv (File too large)' message &&
+    [ "$(tail -c 1 fulllog/log.tsv)" = "" ] && "$root/sample" fulllog/model.safetensors --bytes 1 >/dev/null 2>&1 &&
+    train --resume fulllog --steps 1001
+check $? "a log that cannot be written is said once, and the training goes on"
+cp -r unbounded mixed && cp bounded/model.safetensors mixed
+fails --resume mixed && grep -q 'model.safetensors is of another run' message
+check $? "another run's model is not taken for this one's best"
+sed 's/"checksum"/"checksun"/' unbounded/state.safetensors >mixed/state.safetensors
+fails --resume mixed && grep -q 'without checksum' message
+check $? "a state without checksum is refused"
+odd=$(printf 'two\nlines \\x41 \377')
+cp text "$odd"
+train $small --steps 2 --out odd2 "$odd" && train --resume odd2 --steps 3
+check $? "a run on a file whose name holds a new line and other bytes goes on"
+grep -aq '"run":"[0-9a-f]*","step":"[0-9]*","trained_on":"two.u000alines .*","training_bytes":"18000","held_out' odd2/model.safetensors
+check $? "the model's metadata names run, text and bytes"
+("$root/train" $small --steps 30 --eval-every 10 --sample-every 5 --sample-bytes 300 --out pipe text 2>message; echo $? >status) |
+    head -c 10 >/dev/null
+[ "$(cat status)" = 0 ] && [ "$(grep -c 'note: standard output cannot' message)" = 1 ] &&
+    [ "$(rows pipe/log.tsv | tail -1 | cut -f1)" = 30 ] && train --resume pipe --steps 31
+check $? "a reader that has gone ends the samples, not the training"
+if [ -c /dev/full ]; then
+    "$root/train" $small --steps 3 --sample-bytes 9 --out full-disk text 2>message >/dev/full
+    [ $? = 1 ] && grep -q 'cannot be written' message && [ -s full-disk/model.safetensors ]
+    check $? "a sample lost to a full disk: status 1, and the model is there"
+fi
+truncate -s 8T sparse 2>/dev/null || : >sparse
+if [ -s sparse ]; then
+    fails $small --steps 1 --out sparse-out sparse && grep -q 'needs 8.*e+03 GB of memory for sparse' message
+    check $? "a text beyond the memory is refused before it is read"
+else
+    skipped=$((skipped + 1)); echo "skip a text beyond the memory: no sparse file here"
+fi
+rm -f sparse
+fails --device cpu --channels 1024 --units "4x(conv:2:1048576)" --batch 1 --seq 16 --steps 1 --out sparse-out text &&
+    grep -q 'to evaluate: needs .* GB' message
+check $? "and a scorer beyond it, by name"
+
+# ---- --init and --minutes ----
+
+train $small --steps 40 --eval-every 20 --out base text
+fine="--device cpu --batch 4 --seq 96 --steps 6 --eval-every 3 --warmup 0 --lr 1e-4"
+train $fine --init base --out tuned noise text && train $fine --init base/model.safetensors --out tuned2 noise text &&
+    same tuned/model.safetensors tuned2/model.safetensors && option tuned '--channels 48' && option tuned '--units conv:2:1'
+check $? "--init takes weights and stack of a model, given as a folder or a file"
+first() { rows "$1/log.tsv" | awk '$1 == 1 { print $2 }'; }
+train $fine --init base --dropout 0 --byte-dropout 0 --out tuned3 text
+awk "BEGIN { exit !($(first tuned3) < 3.5 && $(first whole) > 5) }"
+check $? "and begins where that model ended ($(first tuned3))"
+mv base base-gone
+cp tuned/state.safetensors before; train --resume tuned --steps 8 && ! same before tuned/state.safetensors
+check $? "its run goes on without that model"
+mv base-gone base
+fails $fine --init base --channels 64 --out tuned4 text && grep -q 'channels is 48 there and 64 here' message
+check $? "another stack is refused with the difference"
+fails $fine --init base/state.safetensors --out tuned4 text && grep -q 'state of a run' message
+check $? "and so is a state"
+timed="--device cpu --channels 16 --units conv --batch 4 --seq 64 --sample-bytes 0 --threads 1"
+"$root/train" $timed --minutes 0.05 --out timed text >/dev/null 2>message
+check $? "--minutes trains"
+fitted=$(sed -n 's/^note: --minutes 0.05: \(--steps [0-9]*\) ([^)]*)\(.*\)/\1\2/p' message)
+train $timed $fitted --out timed2 text
+same timed/state.safetensors timed2/state.safetensors && same timed/model.safetensors timed2/model.safetensors
+check $? "and is the run of the options that it prints, bit for bit ($fitted)"
+seconds=$(grep -o '^[0-9.]* s with saving' message)
+awk "BEGIN { exit !(${seconds%% *} > 0.5 && ${seconds%% *} < 9) }"
+check $? "and takes about that time ($seconds of 3)"
+fails $timed --minutes 0.0000001 --out timed3 text && grep -q 'too short' message && [ ! -e timed3 ]
+check $? "a time that is too short is refused"
+"$root/train" $timed --out five text >/dev/null 2>message & pid=$!
+wait_for message '^note: --minutes 5: --steps'
+check $? "five minutes are a CPU's default"
+kill -9 $pid; wait $pid 2>/dev/null
+"$root/train" --device cpu --threads 1 --minutes 0.2 --out five2 text >/dev/null 2>message & pid=$!
+wait_for five2/log.tsv '^step' && option five2 '--channels 64'
+check $? "and without a size --minutes chooses one for the time"
+kill -9 $pid; wait $pid 2>/dev/null
 
 # ---- Wrong usage and bad input: status, and words that its one line must hold ----
 
@@ -299,6 +485,10 @@ refuse 1 'another text' --resume whole --device cpu noise
 refuse 1 'has --lr' --resume whole --lr 0.5 --device cpu
 refuse 1 'has --channels' --resume whole --channels 32 --device cpu
 refuse 1 'has --tie yes, not no' --resume whole --no-tie --device cpu
+refuse 2 'leave --init out' --resume whole --init base
+refuse 2 'leave --minutes out' --resume whole --minutes 1
+refuse 2 'leave --steps or --minutes out' --steps 5 --minutes 1
+refuse 1 'No such file' --init missing
 [ "$failed" = 0 ] || { echo "the last lines on standard error:"; tail -5 "$work/stderr"; }
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]

@@ -1,0 +1,265 @@
+// begin.c: how a training run begins: from options to an open model, from weights that are there
+// already (--init), with a size and a schedule for the time that there is (--minutes), or where it
+// stopped (--resume). Read train.h first.
+#define _POSIX_C_SOURCE 200809L
+#include "support/train.h"
+
+static real *init_params;  // (n_params) of --init, or NULL
+
+// What a budget of operations buys with --minutes, where no size is given: from so many on this
+// row. Measured on TinyShakespeare, nats per byte held out. Small batches win while a text is seen
+// only a few times. The first row at 4e11 operations gave 2.018, 1.888 and 1.832 with batches of
+// 16, 8 and 4 windows (lr 1e-2, 8e-3, 6e-3); the second at 2.4e13, five minutes of two cores, 1.513
+// with 16 windows (1,150 steps, lr 6e-3) and 1.495 with 8 (2,250 steps). 9e12 lies between: nobody
+// has sought it.
+static const struct {
+    double from;
+    const char *units, *options;
+} sizes[] = {
+    {0, "2x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
+     "--channels 64 --batch 4 --seq 256 --lr 6e-3 --weight-decay 1 --dropout 0 "
+     "--byte-dropout 0.02 --no-at-once"},
+    {9e12, "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
+     "--channels 128 --batch 8 --seq 512 --lr 5e-3 --weight-decay 1 --dropout 0.02 "
+     "--byte-dropout 0.05 --no-at-once"},
+};
+enum { N_SIZES = sizeof sizes / sizeof *sizes, MIDDLE_SIZE = 1 };
+
+// ---- From options to models ---------------------------------------------------------------------
+
+bool given(const Cli *cli, const char *name) {
+    return find_option(cli, name, strlen(name))->given;
+}
+
+void apply_row(const Cli *cli, const char *units, const char *options) {
+    char words[512], *rest;
+    snprintf(words, sizeof words, "%s", options);
+    if (units && !given(cli, "units")) opt.units = units;
+    for (char *word = strtok_r(words, " ", &rest); word; word = strtok_r(NULL, " ", &rest)) {
+        bool on;
+        // + 2: the "--". The words go with this function, so no row may set a text.
+        Option *o = find_named(cli, word + 2, strlen(word + 2), &on);
+        char *value = o->kind == OPT_FLAG ? NULL : strtok_r(NULL, " ", &rest);
+        if (o->given) continue;
+        if (value)
+            parse_value(cli, o, value);
+        else
+            *(bool *)o->value = on;
+    }
+}
+
+static int config_of_options(Config *c, Error *e) {
+    *c = (Config){.channels = (int)opt.channels,
+                  // 0: as wide as the model
+                  .latent = (int)(opt.latent ? opt.latent : opt.channels),
+                  .activation = (Activation)opt.activation, .tie = opt.tie,
+                  .window = (int)(opt.window ? opt.window : opt.seq), .softcap = (float)opt.softcap};
+    if (strlen(opt.units) >= sizeof c->units)
+        return fail(e, "--units is %zu characters long, at most %d: use groups, Nx(...)",
+                    strlen(opt.units), UNITS_TEXT - 1);
+    snprintf(c->units, sizeof c->units, "%s", opt.units);
+    return config_check(c, e);
+}
+
+// eps: PyTorch's default for AdamW.
+static Training training_of_options(void) {
+    return (Training){
+        .dropout = (float)opt.dropout, .byte_dropout = (float)opt.byte_dropout, .seed = opt.seed,
+        .passes = (int)opt.accum, .at_once = opt.at_once,
+        .hyper = {.steps = opt.steps, .warmup = opt.warmup, .lr = opt.lr, .min_lr = opt.min_lr,
+                  .beta1 = opt.beta1, .beta2 = opt.beta2, .eps = 1e-8,
+                  .weight_decay = opt.weight_decay, .clip = opt.clip, .ema = opt.ema}};
+}
+
+// Plans, allocates and begins both models. The scorer's windows are long enough that little of one
+// is only context, and hold nanoGPT's.
+static int open_models(Run *r, Error *e) {
+    Training training = training_of_options();
+    int64_t context = config_receptive_field(&r->config), N = opt.batch * opt.seq;
+    // At four times the receptive field, three quarters of a window are scored.
+    int64_t T = opt.seq > 4 * context ? opt.seq : 4 * context, B;
+    if (T < WINDOW) T = WINDOW;
+    // As many bytes to a pass as in training, but one window at least.
+    B = N / T > 1 ? N / T : 1;
+    if (N > 1 << 27 || T > 1 << 27)
+        return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
+                       "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
+    if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e))
+        return -1;
+    Error why;
+    if (model_open(&scorer, r->backend, &r->config, (int)B, (int)T, NULL, &why))
+        return fail(e, "to evaluate: %.400s", why.text);
+    // 4: params, m, v and ema of a state file at once; and the best
+    size_t bytes = r->model.n_params * sizeof(real);
+    if (host_memory(5 * bytes, "copies of the parameters", e)) return -1;
+    r->host = malloc(4 * bytes);
+    r->best_params = malloc(bytes);
+    if (!r->host || !r->best_params)
+        return fail(e, "no memory for %.3g GB of copies of the parameters", 5e-9 * (double)bytes);
+    const Texts *d = &data;
+    if (model_set_corpus(&r->model, d->train, d->lengths, d->n - (opt.val != NULL), e)) return -1;
+    if (!init_params) return model_init_params(&r->model, opt.seed, e);
+    model_write(&r->model, r->model.params, init_params);
+    if (r->model.ema) model_write(&r->model, r->model.ema, init_params);
+    return 0;
+}
+
+static void close_models(Run *r) {
+    model_free(&r->model);
+    model_free(&scorer);
+    free(r->host);
+    free(r->best_params);
+}
+
+// ---- --minutes: size and schedule from the time -------------------------------------------------
+
+typedef struct {
+    double operations;    // of a step
+    double step, scored;  // seconds: of a step, and of scoring a held-out byte
+} Pace;
+
+// Times steps of the model that the options describe, for about `most` seconds. The models are
+// thrown away: the run begins anew with the schedule that follows.
+static int measure(Run *r, double most, Pace *p, Error *e) {
+    static StepState state;  // its download waits for the steps
+    if (config_of_options(&r->config, e) || open_models(r, e)) return -1;
+    p->operations = step_operations(r);
+    // The first step warms the caches, and a GPU captures it: not counted. What is queued at a time
+    // grows until waiting for it no longer counts.
+    double first = now(), taken = 0;
+    for (int64_t n = 1, steps = -1; steps < 1 || taken < most;) {
+        double before = now();
+        for (int64_t i = 0; i < n; i++) model_train_step(&r->model);
+        r->backend->download(&state, r->model.state, sizeof state);
+        if (steps < 0) first = now();
+        steps = steps < 0 ? 0 : steps + n;
+        taken = now() - first;
+        p->step = taken / (double)steps;
+        if (now() - before < 0.1 && steps > 0) n *= 2;
+    }
+    // Forward is a third of a step's operations; of the scorer's windows the beginning is context.
+    double context = (double)config_receptive_field(&r->config), T = (double)scorer.T;
+    p->scored = p->step / step_bytes() / 3 * T / (T - context + 1);
+    close_models(r);
+    return 0;
+}
+
+// Takes the size and its hyper-parameters for the time, then steps, warm-up and evaluations.
+static int fit_to_time(Run *r, double began, Error *e) {
+    const Cli *cli = &r->cli;
+    Pace pace;
+    double budget = 60 * opt.minutes, most = budget / 50 < 6 ? budget / 50 : 6;
+    bool fixed = given(cli, "eval-every");
+    bool sized = given(cli, "channels") || given(cli, "units") || given(cli, "preset") || opt.init;
+    if (!sized) {
+        int row = 0;
+        apply_row(cli, sizes[MIDDLE_SIZE].units, sizes[MIDDLE_SIZE].options);
+        if (measure(r, most / 6, &pace, e)) return -1;
+        double operations = pace.operations / pace.step * budget;
+        while (row + 1 < N_SIZES && operations >= sizes[row + 1].from) row++;
+        apply_row(cli, sizes[row].units, sizes[row].options);
+    }
+    if (measure(r, most, &pace, e)) return -1;
+    double left = budget - (now() - began);
+    // The last figure scores the held-out text once more.
+    double last = pace.scored * (double)data.n_held_out, each = 0;
+    int64_t rough = (int64_t)((left - last) / pace.step), evaluations = 6;
+    for (; evaluations > 0; evaluations--) {
+        if (fixed)
+            evaluations = rough / opt.eval_every + 1;
+        else
+            opt.eval_every = rough > evaluations ? rough / evaluations : 1;
+        each = pace.scored * (double)middle_bytes();
+        if (fixed || evaluations == 1 || each * (double)evaluations < left / 10) break;
+    }
+    // 3 %: saving, and what the first seconds did not show.
+    double for_steps = 0.97 * left - last - each * (double)evaluations;
+    opt.steps = for_steps > 0 ? (int64_t)(for_steps / pace.step) : 0;
+    if (opt.steps < 10)
+        return fail(e, "--minutes %g is too short: a step takes %.2g s, the evaluations %.2g s: "
+                       "give more time, or smaller --channels or --batch", opt.minutes, pace.step,
+                    last + each * (double)evaluations);
+    if (!fixed) opt.eval_every = (opt.steps + evaluations - 1) / evaluations;
+    if (!given(cli, "warmup")) opt.warmup = opt.steps < 1429 ? (7 * opt.steps + 99) / 100 : 100;
+    fprintf(stderr, "note: --minutes %g: --steps %lld (%.3g s each) --warmup %lld --eval-every "
+                    "%lld\n", opt.minutes, (long long)opt.steps, pace.step,
+            (long long)opt.warmup, (long long)opt.eval_every);
+    return config_of_options(&r->config, e);
+}
+
+// ---- --init -------------------------------------------------------------------------------------
+
+// Opens the model of --init, a file or a run's folder, and takes its stack where none is given.
+static int open_init(Run *r, Checkpoint *ck, Error *e) {
+    char path[4096];
+    struct stat st;
+    bool folder = stat(opt.init, &st) == 0 && S_ISDIR(st.st_mode);
+    snprintf(path, sizeof path, "%s%s", opt.init, folder ? "/model.safetensors" : "");
+    if (checkpoint_open(ck, path, e)) return -1;
+    if (ck->is_state)
+        return fail(e, "%s is the state of a run: go on with it by --resume, or give the "
+                       "model.safetensors beside it", path);
+    const Cli *cli = &r->cli;
+    const Config *c = &ck->config;
+    if (!given(cli, "channels")) opt.channels = c->channels;
+    if (!given(cli, "latent")) opt.latent = c->latent == c->channels ? 0 : c->latent;
+    if (!given(cli, "units")) opt.units = copy_text(c->units);
+    if (!given(cli, "activation")) opt.activation = (int)c->activation;
+    if (!given(cli, "window")) opt.window = c->window;
+    if (!given(cli, "tie")) opt.tie = c->tie;
+    if (!given(cli, "softcap")) opt.softcap = (double)c->softcap;
+    return 0;
+}
+
+// Its parameters, for open_models; *hash: their checksum.
+static int read_init(const Run *r, const Checkpoint *ck, uint64_t *hash, Error *e) {
+    if (checkpoint_match(ck, &r->config, e)) return -1;
+    size_t bytes = ck->n_params * sizeof(real);
+    if (host_memory(bytes, "the parameters of --init", e)) return -1;
+    init_params = malloc(bytes);
+    if (!init_params) return fail(e, "no memory for the parameters of --init");
+    if (checkpoint_read(ck, "", init_params, e)) return -1;
+    *hash = checksum_add(CHECKSUM_START, init_params, bytes);
+    return 0;
+}
+
+// ---- All of it ----------------------------------------------------------------------------------
+
+static bool on_gpu(const Run *r) {
+    return r->backend != &cpu_backend && r->backend != &plain_backend;
+}
+
+int begin_run(Run *r, double began, Error *e) {
+    static Checkpoint ck;
+    uint64_t start = 0;
+    // The saved run's options first: the model, the texts and the backend follow from them.
+    if (opt.resume && run_open_state(r, opt.resume, &ck, e)) return -1;
+    if (opt.init && open_init(r, &ck, e)) return -1;
+    r->best = INFINITY;
+    r->saved_step = -1;  // nothing yet
+    if (config_of_options(&r->config, e)) return -1;
+    if (opt.init && read_init(r, &ck, &start, e)) return -1;
+    if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
+    // A GPU's kernels are held against the CPU's before they are trusted with a run.
+    if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
+    if (texts_load(&data, &r->cli, opt.val, opt.val_frac, (size_t)opt.seq, e)) return -1;
+    r->text = data.hash;
+    r->training_bytes = data.n_train;
+    r->held_out_bytes = data.n_held_out;
+    texts_names(&data, r->trained_on, sizeof r->trained_on);
+    bool free_time = !opt.resume && !given(&r->cli, "steps") && !given(&r->cli, "preset");
+    if (free_time && !given(&r->cli, "minutes") && !on_gpu(r)) opt.minutes = 5;
+    if (opt.minutes > 0 && fit_to_time(r, began, e)) return -1;
+    if (open_models(r, e)) return -1;
+    free(data.train);  // the model has its own
+    data.train = NULL;
+    int failed = opt.resume ? run_load(r, &ck, e) : run_identify(r, start, e);
+    checkpoint_close(&ck);
+    if (failed || (!opt.resume && run_take_folder(r, opt.out, e))) return -1;
+    if (opt.resume && r->step >= opt.steps) {
+        fprintf(stderr, "nothing left to do: this run has taken %lld steps; to go on, give --steps "
+                        "above that\n", (long long)r->step);
+        if (r->step > opt.steps) exit(0);
+    }
+    return run_open_log(r, opt.resume != NULL, e);
+}
