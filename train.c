@@ -33,15 +33,18 @@ static const struct {
 } presets[] = {
     {NULL, ""},
     {"3x(block:3:1:2:4)",
-     "--channels 256 --latent 0 --activation gelu --no-tie --softcap 0 --steps 1500 --batch 16 "
+     "--channels 256 --latent 0 --activation gelu --window 0 --no-tie "
+     "--softcap 0 --steps 1500 --batch 16 "
      "--seq 512 --accum 1 --no-at-once --lr 2e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 "
      "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},
     {"2x(conv:3:1 conv:3:2 conv:3:4)",
-     "--channels 128 --latent 0 --activation gelu --tie --softcap 30 --steps 1200 --batch 16 "
+     "--channels 128 --latent 0 --activation gelu --window 0 --tie "
+     "--softcap 30 --steps 1200 --batch 16 "
      "--seq 256 --accum 1 --no-at-once --lr 4e-3 --min-lr 0 --warmup 50 --beta1 0.9 --beta2 0.99 "
      "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200"},
     {"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
-     "--channels 256 --latent 0 --activation gelu --tie --softcap 30 --steps 2900 --batch 64 "
+     "--channels 256 --latent 0 --activation gelu --window 0 --tie "
+     "--softcap 30 --steps 2900 --batch 64 "
      "--seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
      "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
 };
@@ -243,9 +246,11 @@ static void print_sample(const Run *r, const real *params) {
     stream_free(&s);
     // The reader of a pipe may go, and a disk be full: that ends the samples, not the training.
     if (fflush(stdout) == 0 && !ferror(stdout)) return;
-    samples_lost = errno != EPIPE;
+    int samples_errno = errno;
+    samples_lost = samples_errno != EPIPE;
     progress_end(&progress);
-    fprintf(stderr, "note: standard output cannot be written: no more samples\n");
+    fprintf(stderr, "note: cannot write to standard output: %s; no more samples\n",
+            strerror(samples_errno));
     opt.sample_bytes = 0;
 }
 

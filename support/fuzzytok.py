@@ -6,9 +6,7 @@
 Names and layouts in the file are PyTorch's (conv (O,C,K), the last tap is the current byte; linear
 (O,C)), so the same twenty lines in PyTorch train on. One mixer is one entry of MIXERS.
 """
-import json
-import struct
-import sys
+import json, struct, sys
 
 import numpy as np
 
@@ -16,15 +14,11 @@ import numpy as np
 def read_safetensors(path):
     """The metadata and the tensors of a safetensors file, all of them float32."""
     with open(path, "rb") as f:
-        (n,) = struct.unpack("<Q", f.read(8))
-        header = json.loads(f.read(n))
+        header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
         data = f.read()
-    metadata = header.pop("__metadata__")
-    tensors = {}
-    for name, t in header.items():
-        begin, end = t["data_offsets"]
-        tensors[name] = np.frombuffer(data[begin:end], "<f4").reshape(t["shape"])
-    return metadata, tensors
+    metadata, at = header.pop("__metadata__"), lambda t: slice(*t["data_offsets"])
+    return metadata, {name: np.frombuffer(data[at(t)], "<f4").reshape(t["shape"])
+                      for name, t in header.items()}
 
 
 def parse_units(text):
@@ -34,16 +28,13 @@ def parse_units(text):
     def stack(i):
         units = []
         while i < len(tokens) and tokens[i] != ")":
-            times = 1
-            if tokens[i].rstrip("x").isdigit():
-                times = int(tokens[i].rstrip("x"))
-                i += 2 if tokens[i + 1] == "x" else 1
+            number, times = tokens[i].rstrip("x"), 1
+            if number.isdigit():
+                times, i = int(number), i + (2 if tokens[i + 1] == "x" else 1)
+            group = [tokens[i].split(":")]
             if tokens[i] == "(":
                 group, i = stack(i + 1)
-                units += group * times
-            else:
-                units.append(tokens[i].split(":"))
-            i += 1
+            units, i = units + group * times, i + 1
         return units, i
 
     return stack(0)[0]
@@ -63,8 +54,7 @@ class FuzzyTok:
         self.units = parse_units(self.config["units"])
 
     def norm(self, name, x):
-        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-        xhat = (x - mean) / np.sqrt(var + 1e-5)
+        xhat = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
         return xhat * self.w[name + ".weight"] + self.w[name + ".bias"]
 
     def linear(self, name, x):
@@ -77,8 +67,7 @@ class FuzzyTok:
         return y
 
     def mix_conv(self, name, x, numbers, f):
-        dil = numbers[1] if len(numbers) > 1 else 1
-        return f(self.conv(name + ".conv", self.norm(name + ".norm", x), dil))
+        return f(self.conv(name + ".conv", self.norm(name + ".norm", x), (numbers + [1, 1])[1]))
 
     def mix_block(self, name, x, numbers, f):
         for i, dil in enumerate(numbers[1:] or [1]):
@@ -86,10 +75,26 @@ class FuzzyTok:
         return x
 
     def mix_mlp(self, name, x, numbers, f):
-        h = f(self.linear(name + ".up", self.norm(name + ".norm", x)))
-        return self.linear(name + ".down", h)
+        return self.linear(name + ".down", f(self.linear(name + ".up", self.norm(name + ".norm", x))))
 
-    MIXERS = {"conv": mix_conv, "block": mix_block, "mlp": mix_mlp}
+    def mix_attn(self, name, x, n, f, **letters):
+        (T, C), H, W = x.shape, (n + [4])[0], (n + [0, 0])[1] or int(self.config["window"]) or 512
+        d, G = C // H, letters.get("kv", H)
+        R, t = letters.get("r", d // 2 * 2), np.arange(T)
+        y = self.linear(name + ".qkv", self.norm(name + ".norm", x)).reshape(T, H + 2 * G, d)
+        qk, v = y[:, : H + G], y[:, H + G :]
+        qk = qk / np.sqrt((qk**2).mean(-1, keepdims=True) + 1e-5)
+        turn = np.exp(1j * np.outer(t, 1e4 ** (-2 * np.arange(R // 2) / max(R, 1))))[:, None]
+        turned = (qk[..., : R // 2] + 1j * qk[..., R // 2 : R]) * turn
+        qk = np.concatenate([turned.real, turned.imag, qk[..., R:]], -1)
+        back, out = t[:, None] - t, np.empty((T, H, d))
+        for h in range(H):
+            a = qk[:, h] @ qk[:, H + h * G // H].T * self.w[name + ".gain"][h] / np.sqrt(d)
+            p = np.exp(np.where((back < 0) | (back >= W), -np.inf, a - a.max(-1, keepdims=True)))
+            out[:, h] = p @ v[:, h * G // H] / p.sum(-1, keepdims=True)
+        return self.linear(name + ".out", out.reshape(T, C))
+
+    MIXERS = {"conv": mix_conv, "block": mix_block, "mlp": mix_mlp, "attn": mix_attn}
 
     def __call__(self, ids):
         """bytes (T) -> latents (T,D), logits (T,256); logits[t] is for the byte after ids[t]."""
@@ -97,9 +102,10 @@ class FuzzyTok:
         x = self.norm("norm_in", w["embedding.weight"][np.asarray(ids)])
         for u, (mixer, *arguments) in enumerate(self.units):
             numbers = [int(a) for a in arguments if a.isdigit()]
-            named = [a for a in arguments if not a.isdigit()]
-            f = ACTIVATIONS[(named + [c["activation"]])[0]]
-            x = x + self.MIXERS[mixer](self, f"units.{u}", x, numbers, f)
+            f = ACTIVATIONS[([a for a in arguments if a in ACTIVATIONS] + [c["activation"]])[0]]
+            letters = {a.rstrip("0123456789"): int(a.lstrip("kvr")) for a in arguments
+                       if a[0] in "kr" and a[-1].isdigit()}
+            x = x + self.MIXERS[mixer](self, f"units.{u}", x, numbers, f, **letters)
         z, tie, cap = self.norm("norm_out", x), c["tie"] == "yes", float(c["softcap"])
         z = z if tie else self.linear("proj", z)
         y = z @ w["embedding.weight"].T if tie else self.linear("head", z)

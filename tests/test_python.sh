@@ -12,7 +12,8 @@ trap 'rm -rf "$work"' EXIT
 export ASAN_OPTIONS=detect_leaks=0
 passed=0 failed=0
 data/language --bytes 4000 >"$work/text" && head -c 300 "$work/text" >"$work/part"
-for mixer in $(./train --help | sed -n '/^A stack of units/,/^$/s/^  \([a-z][a-z0-9]*\).*/\1/p'); do
+# With every number, too: those that have a letter.
+for mixer in attn:6:9:kv2:r2 $(./train --help | sed -n '/^A stack of units/,/^$/s/^  \([a-z][a-z0-9]*\).*/\1/p'); do
     for f in none gelu lrelu2; do
         units="$mixer block:2:1:3 $mixer"
         ./train --device cpu --channels 24 --units "$units" --activation $f --steps 3 --batch 2 --seq 64 \

@@ -205,12 +205,12 @@ train $tiny --batch 2 --seq 64 --preset shakespeare --out preset2 text && option
 check $? "and its switches are on"
 # Both stay what README's figures are of, wherever the defaults go.
 train $tiny --preset paper --out paper text && [ "$(settings paper)" = "--channels 8 --latent 0 \
---units 3x(block:3:1:2:4) --activation gelu --no-tie --softcap 0 --steps 1 --batch 16 \
+--units 3x(block:3:1:2:4) --activation gelu --window 0 --no-tie --softcap 0 --steps 1 --batch 16 \
 --seq 512 --accum 1 --no-at-once --lr 0.002 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 \
 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250" ]
 check $? "--preset paper is the paper's configuration"
 train $tiny --preset small --out small text && [ "$(settings small)" = "--channels 8 --latent 0 \
---units \"2x(conv:3:1 conv:3:2 conv:3:4)\" --activation gelu --tie --softcap 30 --steps 1 \
+--units \"2x(conv:3:1 conv:3:2 conv:3:4)\" --activation gelu --window 0 --tie --softcap 30 --steps 1 \
 --batch 16 --seq 256 --accum 1 --no-at-once --lr 0.004 --min-lr 0 --warmup 50 --beta1 0.9 \
 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200" ]
 check $? "--preset small is the demo's"
@@ -219,7 +219,7 @@ train $tiny --batch 2 --out default text && train $tiny --batch 2 --preset defau
     option default '--tie'
 check $? "--preset default changes nothing: pre-norm, tied"
 train $tiny --batch 2 --preset shakespeare --seq 64 --out tale text && [ "$(settings tale)" = "--channels 8 \
---latent 0 --units \"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)\" --activation gelu --tie --softcap 30 --steps 1 \
+--latent 0 --units \"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)\" --activation gelu --window 0 --tie --softcap 30 --steps 1 \
 --batch 2 --seq 64 --accum 1 --at-once --lr 0.006 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
 check $? "--preset shakespeare is the recipe of README's first figure"
@@ -371,12 +371,12 @@ grep -aq '"run":"[0-9a-f]*","step":"[0-9]*","trained_on":"two.u000alines .*","tr
 check $? "the model's metadata names run, text and bytes"
 ("$root/train" $small --steps 30 --eval-every 10 --sample-every 5 --sample-bytes 300 --out pipe text 2>message; echo $? >status) |
     head -c 10 >/dev/null
-[ "$(cat status)" = 0 ] && [ "$(grep -c 'note: standard output cannot' message)" = 1 ] &&
+[ "$(cat status)" = 0 ] && [ "$(grep -c 'note: cannot write to standard output' message)" = 1 ] &&
     [ "$(rows pipe/log.tsv | tail -1 | cut -f1)" = 30 ] && train --resume pipe --steps 31
 check $? "a reader that has gone ends the samples, not the training"
 if [ -c /dev/full ]; then
     "$root/train" $small --steps 3 --sample-bytes 9 --out full-disk text 2>message >/dev/full
-    [ $? = 1 ] && grep -q 'cannot be written' message && [ -s full-disk/model.safetensors ]
+    [ $? = 1 ] && grep -q 'cannot write to standard output' message && [ -s full-disk/model.safetensors ]
     check $? "a sample lost to a full disk: status 1, and the model is there"
 fi
 truncate -s 8T sparse 2>/dev/null || : >sparse
