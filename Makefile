@@ -24,7 +24,23 @@ OPENMP := $(or $(call try,-fopenmp),$(call try,-Xpreprocessor -fopenmp -lomp),$(
 NATIVE := $(call try,-march=native)
 CONTRACT := $(call try,-ffp-contract=fast)
 CUDA_HOME ?= /usr/local/cuda
-NVCC := $(shell command -v nvcc 2>/dev/null || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null)
+# Where a link points to: nvcc looks for the rest of itself beside its own name.
+NVCC := $(shell p=$$(command -v nvcc 2>/dev/null || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null); \
+	readlink -f "$$p" 2>/dev/null || echo "$$p")
+# It must compile a kernel, which takes a second or two: what has done so once is noted in build/.
+# What it says otherwise goes into NO_CUDA, and the build is for the CPU.
+ifneq ($(NVCC),)
+NO_CUDA := $(shell id="$$(ls -lL $(NVCC) | tr -s ' ') $(CC)"; \
+	[ "$$(cat build/nvcc 2>/dev/null)" = "$$id" ] && exit; d=$$(mktemp -d); \
+	echo '__global__ void kernel(void) {}' > $$d/probe.cu; \
+	if $(NVCC) -c $$d/probe.cu -o $$d/probe.o > $$d/said 2>&1; then mkdir -p build; \
+	echo "$$id" > build/nvcc; else { grep -i -m 1 -e error -e 'not found' $$d/said || \
+	echo 'no reason given'; } | tr -d '\042\047$$`' | cut -c1-200; fi; rm -rf "$$d")
+BROKEN_NVCC := $(if $(NO_CUDA),$(NVCC))
+ifneq ($(NO_CUDA),)
+override NVCC :=
+endif
+endif
 ifneq ($(NVCC),)
 # The GPUs that are here, e.g. 9.0 -> 90; anything but digits is an error message and no answer.
 CAPABILITY := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
@@ -79,8 +95,12 @@ TESTS := test_language test_gradcheck test_causality test_units test_model test_
 	test_sample test_program test_kernels
 PROGRAMS := train sample bench data/language
 
+WITHOUT = $(if $(BROKEN_NVCC),no CUDA: $(BROKEN_NVCC) does not compile ($(NO_CUDA)): install the whole \
+	toolkit or a host compiler that it knows$(COMMA) or give NVCC=PATH,no nvcc found$(COMMA) so no CUDA)
+COMMA := ,
+
 all: $(PROGRAMS) $(TESTS)
-	@echo "built for: $(if $(NVCC),CPU and CUDA ($(strip $(GENCODE))),CPU; no nvcc found, so no CUDA)"
+	@echo "built for: $(if $(NVCC),CPU and CUDA ($(strip $(GENCODE))),CPU; $(WITHOUT))"
 
 # A change of compiler, flags or architecture rebuilds everything; a program that was linked from
 # the other folder of objects is linked anew.
@@ -170,8 +190,8 @@ doctor:
 	@echo "compiler   $(CC): $$($(CC) --version | head -1)"
 	@echo "flags      $(ALL_CFLAGS)"
 	@echo "OpenMP     $(if $(filter-out -fopenmp-simd,$(OPENMP)),$(OPENMP),none: one thread)"
-	@echo "nvcc       $(if $(NVCC),$(NVCC): $$($(NVCC) --version | grep release),none: install the \
-	CUDA toolkit for the GPU, or go on without)"
+	@echo "nvcc       $(if $(NVCC),$(NVCC): $$($(NVCC) --version | grep release),$(if \
+	$(BROKEN_NVCC),$(WITHOUT),none: install the CUDA toolkit for the GPU$(COMMA) or go on without))"
 	@echo "driver     $$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | \
 	head -1 | grep -E '^[0-9.]+$$' || echo 'none found')"
 	@echo "GPU        $(if $(CAPABILITY),$$(nvidia-smi --query-gpu=name --format=csv,noheader | \

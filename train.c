@@ -25,7 +25,8 @@ Options opt = {
     .val_frac = 0.1, .eval_every = 250, .sample_bytes = 400, .save_every = 10, .out = "out",
 };
 
-static const char *const preset_names[] = {"default", "paper", "small", "shakespeare", NULL};
+static const char *const preset_names[] = {"default", "paper", "small", "shakespeare",
+                                           "hybrid", NULL};
 // What a preset sets, as it would be typed, and its units. Options on the command line win. All but
 // `default` leave nothing to the defaults: those may move, the figures of these shall not.
 static const struct {
@@ -34,19 +35,24 @@ static const struct {
     {NULL, ""},
     {"3x(block:3:1:2:4)",
      "--channels 256 --latent 0 --activation gelu --window 0 --no-tie "
-     "--softcap 0 --steps 1500 --batch 16 "
-     "--seq 512 --accum 1 --no-at-once --lr 2e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 "
-     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},
+     "--softcap 0 --steps 1500 --batch 16 --seq 512 --accum 1 --no-at-once --lr 2e-3 --min-lr 0 "
+     "--warmup 100 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 "
+     "--dropout 0 --byte-dropout 0 --eval-every 250"},
     {"2x(conv:3:1 conv:3:2 conv:3:4)",
      "--channels 128 --latent 0 --activation gelu --window 0 --tie "
-     "--softcap 30 --steps 1200 --batch 16 "
-     "--seq 256 --accum 1 --no-at-once --lr 4e-3 --min-lr 0 --warmup 50 --beta1 0.9 --beta2 0.99 "
-     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200"},
+     "--softcap 30 --steps 1200 --batch 16 --seq 256 --accum 1 --no-at-once --lr 4e-3 --min-lr 0 "
+     "--warmup 50 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 "
+     "--dropout 0.05 --byte-dropout 0.05 --eval-every 200"},
     {"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
      "--channels 256 --latent 0 --activation gelu --window 0 --tie "
-     "--softcap 30 --steps 2900 --batch 64 "
-     "--seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
-     "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
+     "--softcap 30 --steps 2900 --batch 64 --seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 "
+     "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 4 --clip 1 --ema 0 "
+     "--dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
+    {"3x(conv:2:1 attn:4 mlp:2)",
+     "--channels 256 --latent 0 --activation gelu --window 512 --tie "
+     "--softcap 30 --steps 2900 --batch 64 --seq 512 --accum 1 --at-once --lr 5e-3 --min-lr 0 "
+     "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 1 --clip 1 --ema 0 "
+     "--dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
 };
 const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 

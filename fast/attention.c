@@ -1,4 +1,5 @@
-// attention.c: attention on the CPU's second rung. The definition is mixers/attn.c; read that first.
+// attention.c: attention on the CPU's second rung. The definition is mixers/attn.c; read that
+// first.
 //
 // One head of a text is a task. Its keys are transposed once, so that the scores of a query with
 // many keys are sums of vectors, one for each channel; values lie as they are. A row's scores stand

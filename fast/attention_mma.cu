@@ -1,5 +1,6 @@
-// attention_mma.cu: attention on tensor cores, bf16 with float32 sums, by mma.sync (sm_80 and newer).
-// Read mixers/attn.c and the tiled kernels in mixers/attn.cu first: these walk over the same tiles.
+// attention_mma.cu: attention on tensor cores, bf16 with float32 sums, by mma.sync (sm_80 and
+// newer). Read mixers/attn.c and the tiled kernels in mixers/attn.cu first: these walk over the
+// same tiles.
 //
 // Bound before: float32 multiply-adds, which read most of their operands from shared memory. An mma
 // multiplies 16 x 16 by 16 x 8 values from registers. What makes attention fit: the layout in which
@@ -14,10 +15,10 @@
 //     64x512      59.9 (144)      67.2      224 (134)        291
 //     32x1024     91.6 (188)      97.5      350 (172)        378
 //     64x2048    540   (255)     526       2125 (227)       1973
-// Tried and dropped: 16 queries a warp (forward; 57.4, 93.0, 590), tiles of 32 queries for a block of
-// keys (255, 401, 2471 us backward).
-// Counts: mixers/attn.cu. Heads of up to 128 channels, a multiple of 8; others go to the tiled
-// kernels. Exponentials are of base 2, the factor log2(e) is in the scale.
+// Tried and dropped: 16 queries a warp (forward; 57.4, 93.0, 590), tiles of 32 queries for a block
+// of keys (255, 401, 2471 us backward). Counts: mixers/attn.cu. Heads of up to 128 channels, a
+// multiple of 8; others go to the tiled kernels. Exponentials are of base 2, the factor log2(e) is
+// in the scale.
 #include "mixers/attn.cuh"
 #include "fast/tensor.cuh"
 
@@ -34,10 +35,10 @@ typedef struct {
 } AttentionArgs;
 
 #ifdef HAVE_MMA
-// ---- Tiles: rows x D values in shared memory -----------------------------------------------------
+// ---- Tiles: rows x D values in shared memory ----------------------------------------------------
 
-// Where 8 channels of a row lie. ldmatrix reads 8 rows at once: the chunks are exchanged within a row
-// such that those 8 pieces of 16 bytes lie in different banks.
+// Where 8 channels of a row lie. ldmatrix reads 8 rows at once: the chunks are exchanged within a
+// row such that those 8 pieces of 16 bytes lie in different banks.
 template <int D>
 INLINE uint32_t chunk_at(int row, int chunk) {
     const int swap = D >= 64 ? row % 8 : D == 32 ? row / 2 % 4 : row / 4 % 2;
@@ -55,7 +56,15 @@ INLINE void copy_tile(uint32_t to, const bf16 *from, size_t stride, int left, in
     }
 }
 
-// Second factors of two mma: rows n0..n0+15 of a tile are columns, 16 channels from k0 on are summed.
+// Keys and behind them values of head h, 64 rows from x on.
+template <int D>
+INLINE void copy_keys(uint32_t to, const bf16 *x, const Head &h, size_t wide, int left, int d) {
+    copy_tile<D, KEYS>(to, x + h.k, wide, left, d);
+    copy_tile<D, KEYS>(to + KEYS * D * 2, x + h.v, wide, left, d);
+}
+
+// Second factors of two mma: rows n0..n0+15 of a tile are columns, 16 channels from k0 on are
+// summed.
 template <int D>
 INLINE void rows_as_columns(uint32_t b[4], uint32_t tile, int n0, int k0) {
     const int lane = threadIdx.x % 32;
@@ -210,11 +219,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
     }
     for (int m0 = first - KEYS; m0 < last; m0 += KEYS) {
         const int next = m0 + KEYS, slot = (next - first) / KEYS % 2;
-        if (next < last) {
-            copy_tile<D, KEYS>(tiles + slot * 2 * TILE, x + next * wide + h.k, wide, s.T - next, s.d);
-            copy_tile<D, KEYS>(tiles + slot * 2 * TILE + TILE, x + next * wide + h.v, wide,
-                               s.T - next, s.d);
-        }
+        if (next < last)
+            copy_keys<D>(tiles + slot * 2 * TILE, x + next * wide, h, wide, s.T - next, s.d);
         copy_commit();
         if (m0 < first) continue;
         copy_wait<1>();
@@ -241,7 +247,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
     }
 }
 
-// ---- Backward: two kernels, as in mixers/attn.cu -------------------------------------------------
+// ---- Backward: two kernels, as in mixers/attn.cu ------------------------------------------------
 
 // A block owns 64 keys, a warp 16 of them: rows of p and da here are keys, columns queries.
 template <int D, int TILE_ROWS>
@@ -314,7 +320,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
 
 // A block owns 64 queries, a warp 16 of them. delta becomes what each row adds to dgain.
 template <int D>
-__global__ void __launch_bounds__(ATTENTION_THREADS, D <= 64 ? 3 : 1) attention_queries_mma_kernel(AttentionArgs a) {
+__global__ void __launch_bounds__(ATTENTION_THREADS, D <= 64 ? 3 : 1)
+    attention_queries_mma_kernel(AttentionArgs a) {
     extern __shared__ __align__(1024) char smem[];
     constexpr int TILE = KEYS * D * 2;
     const AttentionShape s = a.s;
@@ -337,11 +344,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, D <= 64 ? 3 : 1) attention_
     }
     for (int m0 = first - KEYS; m0 < last; m0 += KEYS) {
         const int next = m0 + KEYS, slot = (next - first) / KEYS % 2;
-        if (next < last) {
-            copy_tile<D, KEYS>(tiles + slot * 2 * TILE, x + next * wide + h.k, wide, s.T - next, s.d);
-            copy_tile<D, KEYS>(tiles + slot * 2 * TILE + TILE, x + next * wide + h.v, wide,
-                               s.T - next, s.d);
-        }
+        if (next < last)
+            copy_keys<D>(tiles + slot * 2 * TILE, x + next * wide, h, wide, s.T - next, s.d);
         copy_commit();
         if (m0 < first) continue;
         copy_wait<1>();

@@ -3,19 +3,19 @@
 // H heads of d = C/H channels, window W (where it is left out: --seq), G heads of k and v (H: every
 // head its own), the first R channels of a head rotated (all). Read model.h and mlp.c first.
 //
-// A conv reads fixed bytes before its own; attention chooses them by what they are. A byte at t asks
-// with a query q[t]; every byte s of its window offers a key k[s] and a value v[s]:
+// A conv reads fixed bytes before its own; attention chooses them by what they are. A byte at t
+// asks with a query q[t]; every byte s of its window offers a key k[s] and a value v[s]:
 //     a[s] = gain / sqrt(d) * q[t] . k[s]       p = softmax(a)       out[t] = sum_s p[s] v[s]
 // (Vaswani et al., arXiv:1706.03762.) q and k are divided by their root mean square, so that a lies
 // within gain * sqrt(d) whatever the weights do; gain is learned, one for each head.
 //
-// Attention alone does not know the order of what it reads. So channels j and j + R/2 of q and k are
-// turned, as a point in the plane, by an angle that grows with the position (Su et al.,
+// Attention alone does not know the order of what it reads. So channels j and j + R/2 of q and k
+// are turned, as a point in the plane, by an angle that grows with the position (Su et al.,
 // arXiv:2104.09864):
 //     angle(t, j) = t * 10000^(-2j/R)
 // In q[t] . k[s] only the difference of two angles is left, that of t - s. Angles are kept as
-// fractions of a turn in 64-bit integers, which wrap as angles do: no digit is lost however long the
-// text is.
+// fractions of a turn in 64-bit integers, which wrap as angles do: no digit is lost however long
+// the text is.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>

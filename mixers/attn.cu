@@ -1,13 +1,13 @@
-// attn.cu: attention on a GPU, naive and tiled. Read attn.c first: it says what is computed, and its
-// loops are the naive kernels'. The tiled ones are templates on the activations and serve `tiled`
-// (float32) and `tensor` (bf16) where fast/attention_mma.cu does not take the shape.
+// attn.cu: attention on a GPU, naive and tiled. Read attn.c first: it says what is computed, and
+// its loops are the naive kernels'. The tiled ones are templates on the activations and serve
+// `tiled` (float32) and `tensor` (bf16) where fast/attention_mma.cu does not take the shape.
 //
-// Count, with P pairs of a byte and one that it attends to (attention_pairs: B H T^2/2 where W = T):
-// forward 4 P d operations, backward 10 P d (the tiled kernels compute a and dp twice: 14). Arrays
-// are read once and written once: N (2H + 2G) d values forward. At 32 x 1024 with 4 heads of 64 that
-// is 17 GFLOP and 67 MB in bf16: 23 us of memory and 270 us of float32 arithmetic at 63 TFLOP/s. So
-// arithmetic is the bound, and no array of T x T values is ever in memory.
-// Run by:  ./train --device cuda --kernels naive|tiled|tensor --units "2x(attn mlp)"
+// Count, with P pairs of a byte and one that it attends to (attention_pairs: B H T^2/2 where W =
+// T): forward 4 P d operations, backward 10 P d (the tiled kernels compute a and dp twice: 14).
+// Arrays are read once and written once: N (2H + 2G) d values forward. At 32 x 1024 with 4 heads of
+// 64 that is 17 GFLOP and 67 MB in bf16: 23 us of memory and 270 us of float32 arithmetic at 63
+// TFLOP/s. So arithmetic is the bound, and no array of T x T values is ever in memory. Run by:
+// ./train --device cuda --kernels naive|tiled|tensor --units "2x(attn mlp)"
 #include "mixers/attn.cuh"
 
 // ---- Turning ------------------------------------------------------------------------------------
@@ -253,19 +253,20 @@ static void attention_backward_naive(act *dqkv, real *dgain, const act *dout, co
 // ---- tiled: tiles of queries and keys in shared memory ------------------------------------------
 //
 // A block owns TILE queries of one head, and walks over the tiles of keys that their windows touch.
-// It never needs a row's scores all at once (Dao et al., arXiv:2205.14135): with the largest score so
-// far, `top`, the sum of exp(a - top) and the weighted values, a next tile that raises top by D only
-// scales sum and values by exp(-D).
-// Bound before: every score read 2 d values from L1 for d multiplications. Now 256 threads in 16 x 16
-// own M x M scores each, M = TILE/16, and read 2 M values from shared memory for M^2 products.
-// Bytes: q once; k and v once for every tile of queries, from L2. Cost: q, k (then p in its place)
-// and v in shared memory, 50 KB with TILE = 64 and heads of 64.
+// It never needs a row's scores all at once (Dao et al., arXiv:2205.14135): with the largest score
+// so far, `top`, the sum of exp(a - top) and the weighted values, a next tile that raises top by D
+// only scales sum and values by exp(-D). Bound before: every score read 2 d values from L1 for d
+// multiplications. Now 256 threads in 16 x 16 own M x M scores each, M = TILE/16, and read 2 M
+// values from shared memory for M^2 products. Bytes: q once; k and v once for every tile of
+// queries, from L2. Cost: q, k (then p in its place) and v in shared memory, 50 KB with TILE = 64
+// and heads of 64.
 
 enum { SIDE = 16 };  // of the square of threads
 
 // rows x D values from `from` on into to (rows, D+1), zero from `left` rows and d channels on.
 template <int D, typename T>
-static __device__ void load_tile(float *to, const T *from, size_t stride, int rows, int left, int d) {
+static __device__ void load_tile(float *to, const T *from, size_t stride, int rows, int left,
+                                 int d) {
     for (int i = threadIdx.x; i < rows * D; i += SIDE * SIDE) {
         int r = i / D, c = i % D;
         to[r * (D + 1) + c] = r < left && c < d ? (float)from[r * stride + c] : 0;
@@ -387,8 +388,8 @@ void attention_forward_tiled(act *out, real *lse, const act *qkv, const real *ga
              attention_bytes(s, sizeof(T), 1, 1));
 }
 
-// Backward, with p recomputed from lse, in two kernels of one form: what a block owns stays, what it
-// walks over changes. Nobody adds to what another block adds to, so every sum has a fixed order.
+// Backward, with p recomputed from lse, in two kernels of one form: what a block owns stays, what
+// it walks over changes. Nobody adds to what another block adds to, so every sum has a fixed order.
 //   keys      a block owns TILE keys, walks over the queries that see them, makes dk and dv
 //   queries   a block owns TILE queries, walks over their keys, makes dq
 // Cost: a and dp are computed in both, 14 P d operations for 10.
@@ -422,7 +423,8 @@ static __device__ void score_gradients(const Tiles<D, TILE> &tiles, const float 
     products<D>(dp, tiles.go, tiles.v);
     for (int i = 0; i < M; i++) {
         int t = t0 + ty * M + i;
-        float lse_t = t < s.T ? lse[(size_t)t * s.H] : 0, delta_t = t < s.T ? delta[(size_t)t * s.H] : 0;
+        float lse_t = t < s.T ? lse[(size_t)t * s.H] : 0;
+        float delta_t = t < s.T ? delta[(size_t)t * s.H] : 0;
         for (int j = 0; j < M; j++) {
             bool seen = attends(s, t, m0 + tx + SIDE * j);
             float p = seen ? expf(gain * root * a[i][j] - lse_t) : 0;
@@ -521,7 +523,8 @@ __global__ void __launch_bounds__(SIDE * SIDE)
     for (int i = 0; i < M; i++) {
         int t = t0 + ty * M + i;
         float dot = 0;
-        for (int c = 0; c < COLS; c++) dot += dq[i][c] * tiles.q[(ty * M + i) * (D + 1) + tx + SIDE * c];
+        const float *q = tiles.q + (ty * M + i) * (D + 1) + tx;
+        for (int c = 0; c < COLS; c++) dot += dq[i][c] * q[SIDE * c];
         dot = row_sum(dot);
         if (t >= s.T) continue;
         if (tx == 0) delta[(text + t) * s.H + h.h] = dot;

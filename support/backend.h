@@ -162,8 +162,8 @@ typedef struct {
 // The chapter on attention (mixers/attn.c). qkv, dqkv (N,(H+2G)d), out, dout (N,H*d), rms (N,H+G),
 // lse, delta (N,H), gain, dgain (H).
 typedef struct {
-    // Every head of q and k in place: divided by its root mean square, rms gets one over that (NULL:
-    // not wanted), and its channels j and j + R/2 turned by the angle of its position t.
+    // Every head of q and k in place: divided by its root mean square, whose inverse goes into rms
+    // (NULL: not wanted), and its channels j and j + R/2 turned by the angle of its position t.
     void (*turn_forward)(act *qkv, real *rms, AttentionShape s);
     // dqkv: the gradient by what turn_forward made, which is qkv; in place by what it was given
     void (*turn_backward)(act *dqkv, const act *qkv, const real *rms, AttentionShape s);

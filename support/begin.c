@@ -53,7 +53,8 @@ static int config_of_options(Config *c, Error *e) {
                   // 0: as wide as the model
                   .latent = (int)(opt.latent ? opt.latent : opt.channels),
                   .activation = (Activation)opt.activation, .tie = opt.tie,
-                  .window = (int)(opt.window ? opt.window : opt.seq), .softcap = (float)opt.softcap};
+                  .window = (int)(opt.window ? opt.window : opt.seq),
+                  .softcap = (float)opt.softcap};
     if (strlen(opt.units) >= sizeof c->units)
         return fail(e, "--units is %zu characters long, at most %d: use groups, Nx(...)",
                     strlen(opt.units), UNITS_TEXT - 1);

@@ -7,7 +7,6 @@ Names and layouts in the file are PyTorch's (conv (O,C,K), the last tap is the c
 (O,C)), so the same twenty lines in PyTorch train on. One mixer is one entry of MIXERS.
 """
 import json, struct, sys
-
 import numpy as np
 
 

@@ -81,7 +81,8 @@ static inline void die(const Cli *cli, const Error *e) {
 static inline void stdout_failed(const Cli *cli) {
     Error e;
     if (errno == EPIPE) _exit(0);
-    fail(&e, "cannot write to standard output: %s", errno ? strerror(errno) : "the disk is full or failing");
+    fail(&e, "cannot write to standard output: %s",
+         errno ? strerror(errno) : "the disk is full or failing");
     die(cli, &e);
 }
 

@@ -16,7 +16,9 @@ CC=${CC:-cc}
 CFLAGS=${CFLAGS:--O2}
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
-if command -v timeout >/dev/null; then limit="timeout 120"; else limit=; fi
+# Seconds for a test; a mutant that never ends counts as caught. (GPU mutants share one GPU.)
+export LIMIT=${LIMIT:-120}
+if command -v timeout >/dev/null; then limit="timeout $LIMIT"; else limit=; fi
 
 # replace FILE: FILE with $OLD, which must stand in it once, replaced by $NEW.
 replace() {
@@ -174,7 +176,7 @@ while :; do
     shift
 done
 if [ -n "$gpu" ]; then
-    BUILD=build_gpu mutants=mutants_gpu.txt TESTS=test_kernels COMPILERS=$(nproc)
+    LIMIT=600 BUILD=build_gpu mutants=mutants_gpu.txt TESTS=test_kernels COMPILERS=$(nproc)
     NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 |
         tr -d '. \r' | grep -E '^[0-9]+$')

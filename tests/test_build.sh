@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 bin=$(mktemp -d) || exit 1
 trap 'rm -rf "$bin"' EXIT
 passed=0 failed=0 skipped=0
-for tool in sh make cc gcc as ld head tr grep sed sort cmp mkdir cat ls echo; do
+for tool in sh make cc gcc as ld head tr grep sed sort cmp mkdir mktemp rm cut readlink cat ls echo; do
     path=$(command -v $tool) && ln -s "$path" "$bin/$tool" 2>/dev/null
 done
 stub() { # name, its text
@@ -43,6 +43,16 @@ stub nvcc 'case $1 in --list-gpu-arch) for i in 75 80 86; do echo compute_$i; do
 finds 'an old nvcc: nothing that it does not know' 'sm_86' 'sm_90'
 stub cc 'case "$*" in *-fopenmp\ *) exit 1;; *-lomp*) exit 1;; esac; exec gcc "$@"'
 finds 'a compiler without OpenMP: one thread' 'OpenMP     none' 'flags.*-fopenmp '
+
+stub nvcc 'case "$*" in *probe.cu*) echo "sh: 1: cicc: not found" >&2; exit 1;; --list*) echo compute_80;; esac'
+finds 'an nvcc that does not compile: for the CPU, with the reason' 'builds     CPU only' gencode
+finds 'and what to do' 'does not compile (sh: 1: cicc: not found): install' 'go on without'
+stub nvcc 'case "$*" in *probe.cu*) echo "error: #error -- unsupported GNU version!" >&2; exit 1;; esac'
+finds 'a host compiler that nvcc does not know' 'error -- unsupported GNU version' gencode
+mkdir "$bin/toolkit" && stub toolkit/nvcc 'case "$*" in
+*probe.cu*) case $0 in */toolkit/nvcc) ;; *) echo "cicc: not found"; exit 1;; esac;; --list*) echo compute_80;; esac'
+rm "$bin/nvcc" && ln -s toolkit/nvcc "$bin/nvcc"
+finds 'a link to nvcc: the toolkit beside which it lies' 'CUDA: -gencode.*sm_80' 'not found'
 
 # ---- Flags that would make the tests pass for nothing ----
 

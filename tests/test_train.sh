@@ -223,6 +223,11 @@ train $tiny --batch 2 --preset shakespeare --seq 64 --out tale text && [ "$(sett
 --batch 2 --seq 64 --accum 1 --at-once --lr 0.006 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
 check $? "--preset shakespeare is the recipe of README's first figure"
+train $tiny --batch 2 --preset hybrid --seq 64 --out hybrid text && [ "$(settings hybrid)" = "--channels 8 \
+--latent 0 --units \"3x(conv:2:1 attn:4 mlp:2)\" --activation gelu --window 512 --tie --softcap 30 --steps 1 \
+--batch 2 --seq 64 --accum 1 --at-once --lr 0.005 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
+--weight-decay 1 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
+check $? "--preset hybrid: a conv, an attention and an mlp, three times"
 train $tiny --batch 2 --no-tie --latent 7 --no-selftest --out untied text && option untied '--no-tie'
 check $? "--no-tie switches off what is on by default"
 train --resume untied --steps 2 --no-tie && train --resume untied --steps 3 && option untied '--no-tie' &&

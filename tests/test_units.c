@@ -84,7 +84,8 @@ static bool unit_of(const Mixer *m, int variety, char *text, size_t size) {
         return false;
     for (int i = 0; i < n; i++) {
         int value = m->numbers[i].low + (variety < 4 ? variety - 1 : 1);
-        append_number(text, size, &m->numbers[i], i == beyond ? BEYOND : within(&m->numbers[i], value));
+        const Number *d = &m->numbers[i];
+        append_number(text, size, d, i == beyond ? BEYOND : within(d, value));
     }
     for (int i = 1; variety >= 8 && i < (variety == 8 ? 3 : 7); i++)
         append(text, size, ":%d", within(&m->numbers[n - 1], m->numbers[n - 1].low + i % 3));
@@ -527,7 +528,8 @@ static char folder[] = "/tmp/test_units.XXXXXX";
 
 static bool same_config(const Config *a, const Config *b) {
     return a->channels == b->channels && a->latent == b->latent && a->activation == b->activation &&
-           a->tie == b->tie && a->window == b->window && a->softcap == b->softcap && strcmp(a->units, b->units) == 0;
+           a->tie == b->tie && a->window == b->window && a->softcap == b->softcap &&
+           strcmp(a->units, b->units) == 0;
 }
 
 static void test_checkpoint(const Case *c) {
@@ -567,7 +569,8 @@ static void test_text(const Case *c) {
     char one[WORD], all[8 * WORD] = "";
     Error e;
     const Config *config = &c->config;
-    int n = units_parse(config->units, config->channels, config->activation, config->window, parsed, &e);
+    int n = units_parse(config->units, config->channels, config->activation, config->window,
+                        parsed, &e);
     for (int i = 0; i < n; i++) {
         unit_text(&parsed[i], config->activation, one, sizeof one);
         snprintf(all + strlen(all), sizeof all - strlen(all), " %s", one);
