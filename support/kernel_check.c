@@ -495,25 +495,27 @@ typedef struct {
     void (*run)(Side *);
     bool sums;       // has outputs that are exact for integers: sums of its inputs
     bool activates;  // its epilogue has an activation
+    int slack;       // times the tolerance; 0: once
 } Op;
 
 static const Op ops[] = {
-    {"embed_forward", run_embed_forward, false, false},
-    {"embed_backward", run_embed_backward, true, false},
-    {"norm_forward", run_norm_forward, false, false},
-    {"norm_backward", run_norm_backward, true, true},
-    {"conv_forward", run_conv_forward, true, true},
-    {"conv_backward_input", run_conv_backward_input, true, true},
-    {"conv_backward_weight", run_conv_backward_weight, true, false},
-    {"dropout_backward", run_dropout_backward, true, false},
-    {"attention.turn_forward", run_turn_forward, false, false},
-    {"attention.turn_backward", run_turn_backward, false, false},
-    {"attention.forward", run_attention_forward, false, false},
-    {"attention.backward", run_attention_backward, false, false},
-    {"cross_entropy", run_cross_entropy, false, false},
-    {"add_losses", run_add_losses, true, false},
-    {"draw_batch", run_draw_batch, true, false},
-    {"optimize", run_optimize, false, false},
+    {"embed_forward", run_embed_forward, false, false, 0},
+    {"embed_backward", run_embed_backward, true, false, 0},
+    {"norm_forward", run_norm_forward, false, false, 0},
+    {"norm_backward", run_norm_backward, true, true, 0},
+    {"conv_forward", run_conv_forward, true, true, 0},
+    {"conv_backward_input", run_conv_backward_input, true, true, 0},
+    {"conv_backward_weight", run_conv_backward_weight, true, false, 0},
+    {"dropout_backward", run_dropout_backward, true, false, 0},
+    {"attention.turn_forward", run_turn_forward, false, false, 0},
+    {"attention.turn_backward", run_turn_backward, false, false, 0},
+    {"attention.forward", run_attention_forward, false, false, 0},
+    // In bf16 p is rounded, then da; in dgain most of the terms cancel.
+    {"attention.backward", run_attention_backward, false, false, 4},
+    {"cross_entropy", run_cross_entropy, false, false, 0},
+    {"add_losses", run_add_losses, true, false, 0},
+    {"draw_batch", run_draw_batch, true, false, 0},
+    {"optimize", run_optimize, false, false, 0},
 };
 
 static const Op *find_op(const char *name) {
@@ -572,7 +574,9 @@ static double tolerance_of(const Kernel *k, ConvShape s, Activation f, bool roun
 // All outputs of both sides. Integers always, and sums of integers where asked, bit for bit.
 static int compare_sides(const Kernel *k, const Side *gpu, const Side *cpu, KernelCheck *r,
                          Error *e) {
-    const double tolerance = tolerance_of(k, gpu->s, gpu->activation, cpu->rounded);
+    const int slack = find_op(k->op)->slack;
+    const double tolerance = (slack ? slack : 1) *
+                             tolerance_of(k, gpu->s, gpu->activation, cpu->rounded);
     for (int i = 0; i < gpu->count; i++) {
         const Buffer *b = &gpu->buffers[i];
         if (b->role != OUT && b->role != ADD) continue;

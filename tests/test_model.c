@@ -231,7 +231,8 @@ static void test_units(void) {
     // Whatever mixer has a width of its own: as many channels as there may be are too many.
     for (int i = 0; i < n_mixers; i++) {
         Unit u;
-        if (!mixers[i]->width || units_parse(mixers[i]->name, 1, ACT_gelu, 0, &u, &e) != 1) continue;
+        if (!mixers[i]->width) continue;
+        if (units_parse(mixers[i]->name, 1, ACT_gelu, 0, &u, &e) != 1) continue;
         if (mixers[i]->width(&u) <= 1) continue;
         check(units_parse(mixers[i]->name, MAX_CHANNELS, ACT_gelu, 0, units, &e) == -1 &&
                   strstr(e.text, "channels wide"), "refused: %s", e.text);

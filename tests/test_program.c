@@ -91,6 +91,15 @@ static void make_files(void) {
     write_bytes(in_folder("text"), bytes, 2000);
 }
 
+// Whether two files differ behind their first n bytes.
+static bool differ_from(size_t n, const char *a, const char *b) {
+    size_t sizes[2];
+    uint8_t *bytes[2] = {read_file(in_folder(a), &sizes[0]), read_file(in_folder(b), &sizes[1])};
+    bool same = sizes[0] == sizes[1] && memcmp(bytes[0] + n, bytes[1] + n, sizes[0] - n) == 0;
+    free(bytes[0]), free(bytes[1]);
+    return !same;
+}
+
 static void test_generate(void) {
     int status = sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5");
     check(status == 0 && file_size("out") == 302,
@@ -100,6 +109,8 @@ static void test_generate(void) {
     check(same_files("out", "first"), "the same seed writes the same text, whatever the threads");
     sample("m.safetensors --prompt 'ab' --bytes 300 --seed 6");
     check(!same_files("out", "first"), "another seed writes another");
+    sample("m.safetensors --prompt 'aB' --bytes 300 --seed 5");
+    check(differ_from(2, "out", "first"), "and so does another last byte of the prompt");
     sample("m.safetensors --prompt-file two --bytes 300 --seed 5");
     check(file_size("out") == 302, "a prompt from a file, NUL and all");
     check(sample("m.safetensors --prompt 'ab' --bytes 300 --seed 5 --streams 4") == 0 &&
@@ -203,7 +214,8 @@ static void test_standard_output(void) {
         check(status == 1 && one_line && strstr(said, "standard output: No space left"),
               "a full disk: %s: %s", modes[i], said);
         free(said);
-        snprintf(command, sizeof command, "(sleep 0.1; $S %s 2>err; echo $? >status) | :", modes[i]);
+        snprintf(command, sizeof command, "(sleep 0.1; $S %s 2>err; echo $? >status) | :",
+                 modes[i]);
         shell(command);
         said = (char *)read_file(in_folder("status"), &n);
         check(strcmp(said, "0\n") == 0 && shell("grep -q cannot err") == 1,
@@ -261,10 +273,13 @@ static void test_outputs(void) {
         snprintf(arguments, sizeof arguments, "m.safetensors --latents %s text", names[i]);
         check_fails(arguments, 1, "is a device, a pipe or a socket");
         check(shell("grep -q force err") == 1 && stat(in_folder(names[i]), &st) == 0 &&
-                  !S_ISREG(st.st_mode), "%s stays what it is, and --force is not offered", names[i]);
+                  !S_ISREG(st.st_mode),
+              "%s stays what it is, and --force is not offered", names[i]);
     }
-    check(shell("exec 2>/dev/null; sleep 20 >pipe & k=$!; $S m.safetensors --latents big - <pipe 2>err & p=$!;"
-                "while kill -0 $p && ! ls big.* >/dev/null; do sleep 0.01; done; kill $p; wait $p; s=$?;"
+    check(shell("exec 2>/dev/null; sleep 20 >pipe & k=$!;"
+                "$S m.safetensors --latents big - <pipe 2>err & p=$!;"
+                "while kill -0 $p && ! ls big.* >/dev/null; do sleep 0.01; done;"
+                "kill $p; wait $p; s=$?;"
                 "kill $k; exit $s") == 128 + SIGTERM && entries("big") == 0,
           "a signal ends it and leaves nothing behind");
 }
@@ -355,7 +370,8 @@ static void test_info(void) {
     size_t n;
     check(sample("m.safetensors --info") == 0 && file_size("err") == 0, "--info");
     char *text = (char *)read_file(in_folder("out"), &n);
-    check(strstr(text, "2 times:\n  block:3:1:3 ") && strstr(text, "(3,24,24) (3,24,24)"), "names the stack");
+    check(strstr(text, "2 times:\n  block:3:1:3 ") && strstr(text, "(3,24,24) (3,24,24)"),
+          "names the stack");
     check(strstr(text, "receptive field 17 bytes") && strstr(text, "MB of memory to sample"),
           "its reach and memory");
     check(strstr(text, "\ntext                     a \"quoted\" \\ one,?with \xC3\xA9"),
@@ -363,7 +379,8 @@ static void test_info(void) {
     check(strstr(text, "held_out_nats_per_byte   (the file does not say)") &&
               !strstr(text, "softcap") && !strstr(text, "checksum"), "and what was not");
     free(text);
-    check(shell("mkdir run; cp m.safetensors run/model.safetensors; $S run --info | cmp - out") == 0,
+    check(shell("mkdir run; cp m.safetensors run/model.safetensors;"
+                "$S run --info | cmp - out") == 0,
           "a folder stands for the model in it");
 }
 
