@@ -102,8 +102,10 @@ static void plain_embed_forward(act *x, const int *ids, const real *table, const
     (void)work;
     for (size_t n = 0; n < N; n++) {
         real *x_n = (real *)x + n * C;
-        if (ids[n] != BYTE_DROPPED) norm_row(x_n, table + (size_t)ids[n] * C, gain, bias, C);
-        for (int c = 0; c < C && ids[n] == BYTE_DROPPED; c++) x_n[c] = bias[c];
+        if (ids[n] == BYTE_DROPPED)
+            memcpy(x_n, bias, (size_t)C * sizeof *x_n);
+        else
+            norm_row(x_n, table + (size_t)ids[n] * C, gain, bias, C);
     }
     CPU_DONE("embed_forward", 0, array_bytes(sizeof(real), N, C) + 4.0 * (double)N);
 }
@@ -115,10 +117,11 @@ static void plain_embed_backward(real *dtable, real *dgain, real *dbias, const a
     for (size_t n = 0; n < N; n++) {
         const real *dx_n = (const real *)dx + n * C;
         // forward:  x[n] = norm(table[ids[n]]), or bias
-        if (ids[n] != BYTE_DROPPED)
+        if (ids[n] == BYTE_DROPPED)
+            for (int c = 0; c < C; c++) dbias[c] += dx_n[c];
+        else
             norm_row_backward(dtable + (size_t)ids[n] * C, dgain, dbias, dx_n,
                               table + (size_t)ids[n] * C, gain, C, true);
-        for (int c = 0; c < C && ids[n] == BYTE_DROPPED; c++) dbias[c] += dx_n[c];
     }
     CPU_DONE("embed_backward", 0, array_bytes(sizeof(real), N, C) + 4.0 * (double)N);
 }

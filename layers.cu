@@ -32,7 +32,7 @@
 //   out  = (x - mean) * rstd * gain + bias
 //
 // Bytes: x once, out once: 33.6 MB in bf16 for 32768 rows, 11.4 us. Some ten operations for each of
-// the 8.4 million values would be 1.3 us at the 63 TFLOP/s of conv_kernels.cu: memory is the bound.
+// the 8.4 million values would be 1.3 us at the 64 TFLOP/s of conv_kernels.cu: memory is the bound.
 // A row's two sums come one after the other, and each needs the whole row. The kernels differ in
 // where the row waits meanwhile: naive and tiled read it again, from cache; registers keep it.
 

@@ -35,7 +35,7 @@ int config_check(const Config *c, Error *e) {
     if (c->latent < 1 || c->latent > MAX_CHANNELS)
         return fail(e, "latent is %d, expected 1 to %d", c->latent, MAX_CHANNELS);
     if (c->window < 0 || c->window > MAX_WINDOW)
-        return fail(e, "window is %d, expected 1 to %d", c->window, MAX_WINDOW);
+        return fail(e, "window is %d, expected 0 (which is 512) to %d", c->window, MAX_WINDOW);
     if ((int)c->activation < 0 || c->activation >= N_ACTIVATIONS)
         return fail(e, "activation is number %d, expected below %d", (int)c->activation,
                     N_ACTIVATIONS);
@@ -61,8 +61,10 @@ void add_tensor(Model *m, const Unit *u, size_t *where, const char *name, int nd
     enum { ROOM = 64 };
     if (m->n_tensors % ROOM == 0) {
         Tensor *more = realloc(m->tensors, (size_t)(m->n_tensors + ROOM) * sizeof *more);
-        if (!more) m->n_params = SIZE_MAX;  // place_tensors sees it and fails
-        if (!more) return;
+        if (!more) {
+            m->n_params = SIZE_MAX;  // place_tensors sees it and fails
+            return;
+        }
         m->tensors = more;
     }
     Tensor *t = &m->tensors[m->n_tensors++];

@@ -61,8 +61,9 @@ typedef struct {
     const char *name;
     int low, high, fallback;  // fallback: where the text leaves it out; LEFT_OUT: see Mixer.fit
     const char *prefix;       // in the text: "kv" in attn:8:512:kv4; NULL: none
+    const char *word;         // in --help: "H" of attn:H
 } Number;
-enum { LEFT_OUT = -1 };
+enum { LEFT_OUT = -1, MAX_DECLARED = 4 };
 
 // What all passes of a training step share; NULL in inference, which keeps nothing for backward.
 typedef struct {
@@ -73,7 +74,7 @@ typedef struct {
 typedef struct Mixer {
     const char *name;     // as in a configuration's units
     const char *formula;  // printed at start-up and in --help
-    Number numbers[4];    // ended by a name of NULL
+    Number numbers[MAX_DECLARED];  // the first without a name ends them
     bool repeats;         // the last number may be given again and again
     bool activation;      // the text may end in :ACTIVATION
     bool norm;            // a LayerNorm stands at the unit's door

@@ -83,7 +83,7 @@ static Option table[] = {
     NUMBER("weight-decay", SAVED, &opt.weight_decay, 0, 1000, "X", "of matrices: p -= lr*X*p"),
     NUMBER("clip", SAVED, &opt.clip, 0, 1e6, "X", "bound of the gradient norm, 0 = off"),
     NUMBER("ema", SAVED, &opt.ema, 0, 0.999999, "X", "decay of the weight average, 0 = off"),
-    NUMBER("dropout", SAVED, &opt.dropout, 0, 0.99, "P", "after every activation, in 256ths"),
+    NUMBER("dropout", SAVED, &opt.dropout, 0, 0.99, "P", "of what each unit makes, in 256ths"),
     NUMBER("byte-dropout", SAVED, &opt.byte_dropout, 0, 0.99, "P", "input bytes zeroed"),
     SEED("seed", SAVED, &opt.seed, "N", "of everything random"),
     SECTION("data and evaluation"),
@@ -475,9 +475,9 @@ static void add_mixers(char *about, size_t size) {
         const Mixer *m = mixers[i];
         char line[160];
         snprintf(line, sizeof line, "%s", m->name);
-        for (int j = 0; j < 4 && m->numbers[j].name; j++)
-            snprintf(line + strlen(line), sizeof line - strlen(line), ":%s",
-                     m->numbers[j].name);
+        for (int j = 0; j < MAX_DECLARED && m->numbers[j].name; j++)
+            snprintf(line + strlen(line), sizeof line - strlen(line), "[:%s]",
+                     m->numbers[j].word);
         snprintf(line + strlen(line), sizeof line - strlen(line), "%s%s", m->repeats ? "..." : "",
                  m->activation ? "[:ACTIVATION]" : "");
         snprintf(about + strlen(about), size - strlen(about), "\n  %-34s %s", line, m->formula);

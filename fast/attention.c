@@ -1,12 +1,11 @@
 // attention.c: attention on the CPU's second rung. The definition is mixers/attn.c; read that
 // first.
 //
-// One head of a text is a task. Its keys are transposed once, so that the scores of a query with
-// many keys are sums of vectors, one for each channel; values lie as they are. A row's scores stand
-// in a buffer that stays in the first-level cache. Streaming calls the same three functions, and so
-// has the same bits: the order of every sum is that of the window, oldest byte first.
+// The heads of a group of one text are a task. Their keys are transposed once, so that the scores
+// of a query with many keys are sums of vectors, one for each channel; values lie as they are.
+// Forward keeps one row of scores, backward QUERIES rows and their gradients. Streaming calls the
+// same three functions and so gives the same bits: every sum counts from the window's first byte.
 #include <math.h>
-#include <stdlib.h>
 
 #include "fast/layers.h"
 #include "support/arithmetic.h"
@@ -15,8 +14,8 @@ enum { LANES = 16, QUERIES = 8, COLUMNS = 64 };
 
 // ---- A query's row ------------------------------------------------------------------------------
 
-// The inner loop has no sum of its own, which a compiler might round otherwise in vectors than one
-// by one.
+// Vectors run over keys, not channels: every score is summed in the order of its channels, so that
+// the bits do not depend on how many keys there are.
 static inline void scores_block(real *a, const real *q, const real *k, size_t ld, int columns,
                                 int d) {
     real sum[COLUMNS] = {0};
@@ -79,7 +78,7 @@ static void transpose(real *to, const real *from, size_t ld, int T, int d) {
                 to[(size_t)c * T + t] = from[(size_t)t * ld + c];
 }
 
-// Of one text: transposed keys and values of every group, (B,G,2,d,T); then the scores and their
+// The workspace: transposed keys and values of every group, (B,G,2,d,T); then the scores and their
 // gradients of QUERIES rows for every text and group.
 static real *keys_of(AttentionShape s, void *work, int b, int g) {
     return (real *)work + ((size_t)b * s.G + g) * 2 * s.d * s.T;

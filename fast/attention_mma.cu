@@ -9,12 +9,13 @@
 // Queries (or, in backward, keys) of a warp stay in registers as well; only what the block walks
 // over lies in shared memory, two tiles of it: one is multiplied while the next is on its way.
 //
-// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, us (TFLOP/s counted
-// as in mixers/attn.cu; FlashAttention-2 as PyTorch 2.11 ships it, in the same run):
+// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, us (TFLOP/s: 4 P d
+// operations forward, 10 P d backward, though its kernels do 14); FlashAttention-2 as PyTorch 2.11
+// ships it, in the same run:
 //     B x T      forward          FA2      backward          FA2
-//     64x512      59.9 (144)      67.2      224 (134)        291
-//     32x1024     91.6 (188)      97.5      350 (172)        378
-//     64x2048    540   (255)     526       2125 (227)       1973
+//     64x512      59.9 (144)      67.2      224  (96)        291
+//     32x1024     91.6 (188)      97.5      350 (123)        378
+//     64x2048    540   (255)     526       2125 (162)       1973
 // Tried and dropped: 16 queries a warp (forward; 57.4, 93.0, 590), tiles of 32 queries for a block
 // of keys (255, 401, 2471 us backward). Counts: mixers/attn.cu. Heads of up to 128 channels, a
 // multiple of 8; others go to the tiled kernels. Exponentials are of base 2, the factor log2(e) is
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
         copy_commit();
         if (m0 < first) continue;
         copy_wait<1>();
-        __syncthreads();
+        __syncthreads();  // this slot's keys and values are whole, for all warps
         const uint32_t k_tile = tiles + (slot ^ 1) * 2 * TILE;
         if (m0 < r0 + 16 * M && m0 + KEYS - 1 > r0 - s.W) {  // some row sees some key
             float scores[M][KEYS / 8][4];
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
                 join_keys<D>(o[m], top[m], sum[m], scores[m], scale, s, r0 + 16 * m, m0);
             add_channel_products<D>(o, scores, k_tile + TILE);
         }
-        __syncthreads();
+        __syncthreads();  // all warps are done with the slot that the next copy overwrites
     }
 #pragma unroll
     for (int i = 0; i < 2 * M; i++) {
@@ -260,7 +261,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
     const size_t wide = row_width(s), text = (size_t)blockIdx.z * s.T, C = (size_t)s.H * s.d;
     const bf16 *x = a.qkv + text * wide;
     const int block0 = (int)blockIdx.x * 16 * MMA_WARPS, m0 = block0 + threadIdx.x / 32 * 16;
-    const int reach = block0 + 16 * MMA_WARPS - 1 + s.W, last = min(s.T, reach > 0 ? reach : s.T);
+    const int last = min(s.T, block0 + 16 * MMA_WARPS - 1 + s.W);  // queries before it see a key
     const int steps = (last - block0 + TILE_ROWS - 1) / TILE_ROWS, all = steps * heads;
     const uint32_t slots = shared_addr(smem);
     const float root = rsqrtf((float)s.d);
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
         copy_commit();
         if (i < 0) continue;
         copy_wait<1>();
-        __syncthreads();
+        __syncthreads();  // this slot is whole, for all warps
         const int t0 = block0 + i % steps * TILE_ROWS, slot = i % 2;
         const uint32_t q_tile = slots + slot * SLOT, go_tile = q_tile + TILE;
         const float *lse = (const float *)(smem + slot * SLOT + 2 * TILE), *delta = lse + TILE_ROWS;
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
             add_channel_products<D>(dv, p, go_tile);
             add_channel_products<D>(dk, da, q_tile);
         }
-        __syncthreads();
+        __syncthreads();  // all warps are done with the slot that the next copy overwrites
     }
     for (int half = 0; half < 2; half++) {
         const int m = m0 + threadIdx.x % 32 / 4 + 8 * half;
@@ -349,7 +350,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, D <= 64 ? 3 : 1)
         copy_commit();
         if (m0 < first) continue;
         copy_wait<1>();
-        __syncthreads();
+        __syncthreads();  // this slot's keys and values are whole, for all warps
         const uint32_t k_tile = tiles + (slot ^ 1) * 2 * TILE;
         if (m0 <= r0 + 15 && m0 + KEYS - 1 > r0 - s.W) {
             float p[1][KEYS / 8][4], da[1][KEYS / 8][4];
@@ -367,7 +368,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, D <= 64 ? 3 : 1)
                 }
             add_channel_products<D>(dq, da, k_tile);
         }
-        __syncthreads();
+        __syncthreads();  // all warps are done with the slot that the next copy overwrites
     }
     for (int half = 0; half < 2; half++) {
         const int t = r0 + threadIdx.x % 32 / 4 + 8 * half;

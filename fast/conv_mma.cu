@@ -9,7 +9,7 @@
 
 // ---- Rung 4: mma, tensor cores from registers
 //
-// Bound before: the multiply-adders; 63 TFLOP/s is all that an H100 has of them in float32.
+// Bound before: the multiply-adders; 64 TFLOP/s is all that an H100 has of them in float32.
 // Idea: a warp multiplies 16 x 16 by 16 x 8 matrices of bf16 in one instruction, mma.sync. Copies
 // go from memory into shared memory without passing registers (cp.async), two steps ahead.
 // Count: a block of 64 x 64 sums takes 2*64*64*32 = 262,144 operations and 8192 bytes a step, 32

@@ -1,5 +1,5 @@
 // layers.h: what fast/cpu.c and streaming share with the plain loops of layers.c, whose functions
-// these are but for conv_rows and act_row (fast/cpu.c).
+// these are but for conv_rows, act_row and cpu_note (fast/cpu.c) and attention (below).
 #ifndef LAYERS_H
 #define LAYERS_H
 

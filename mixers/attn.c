@@ -65,8 +65,11 @@ void plain_turn_forward(act *qkv, real *rms, AttentionShape s) {
     CPU_DONE("turn_forward", 0, 2 * array_bytes(sizeof(real), (size_t)s.B * s.T, heads * s.d));
 }
 
-// To turn back is to multiply by the transpose, which is what the chain rule asks for. Then, with
-// y = r x and r = (average(x^2) + eps)^(-1/2), as in LayerNorm but without a mean:
+// To turn back is to multiply by the transpose, which is what the chain rule asks for. Then y = r x
+// with r = (average(x^2) + eps)^(-1/2). x[c] reaches the loss by two ways:
+//     own y[c]   dy[c]/dx[c] = r                                    gives  r dy[c]
+//     r          dr/dx[c] = -r^3 x[c] / d = -r^2 y[c] / d, and every y[j] = r x[j] moves by
+//                x[j] = y[j] / r of that                            gives -r y[c] average(dy * y)
 //     dx[c] = r (dy[c] - y[c] average(dy * y))
 void plain_turn_backward(act *dqkv, const act *qkv, const real *rms, AttentionShape s) {
     int heads = s.H + s.G;
@@ -148,8 +151,8 @@ void plain_attention_forward(act *out, real *lse, const act *qkv, const real *ga
 // delta needs no second walk over the window. And a = gain / sqrt(d) q . k gives
 //     dq += gain / sqrt(d) da[s] k[s]     dk[s] += gain / sqrt(d) da[s] q
 //     dgain += da[s] q . k[s] / sqrt(d)
-// p is recomputed: exp(a - lse). Rows of one text and group go one after the other, as all of a
-// group add to the same dk and dv.
+// p is recomputed: exp(a - lse). One thread does it all, because the heads of a group add to the
+// same dk and dv.
 void plain_attention_backward(act *dqkv, real *dgain, const act *dout, const act *out,
                               const real *lse, real *delta, const act *qkv, const real *gain,
                               AttentionShape s, void *work) {
@@ -233,7 +236,7 @@ static void describe(Model *m, Unit *u) {
     d->out = (Linear){.K = 1, .C = u->C, .O = u->C, .dil = 1};
     add_linear(m, u, &d->qkv, "qkv", true);
     add_tensor(m, u, &d->gain, "gain", 1, s.H, 0, 0);
-    // Sharper than 1 from the start. (The golf record's.)
+    // Sharper than 1 from the start (parameter-golf's pull request 705 begins so; not tuned here).
     if (m->n_tensors > 0) m->tensors[m->n_tensors - 1].start = 1.5f;
     add_linear(m, u, &d->out, "out", true);
     u->dropouts = 1;
@@ -358,9 +361,9 @@ static void stream_step(const Stream *s, const StreamUnit *u) {
 const Mixer attn_mixer = {
     .name = "attn",
     .formula = "x + Wo attention(Wqkv norm(x))",
-    .numbers = {{"heads", 1, 4096, 4, NULL}, {"window", 1, MAX_WINDOW, LEFT_OUT, NULL},
-                {"heads of keys and values", 1, 4096, LEFT_OUT, "kv"},
-                {"rotated channels", 0, MAX_HEAD, LEFT_OUT, "r"}},
+    .numbers = {{"heads", 1, 4096, 4, NULL, "H"}, {"window", 1, MAX_WINDOW, LEFT_OUT, NULL, "W"},
+                {"heads of keys and values", 1, 4096, LEFT_OUT, "kv", "kvG"},
+                {"rotated channels", 0, MAX_HEAD, LEFT_OUT, "r", "rR"}},
     .norm = true,
     .data_bytes = sizeof(Attn),
     .fit = fit,

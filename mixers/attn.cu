@@ -3,7 +3,7 @@
 // `tiled` (float32) and `tensor` (bf16) where fast/attention_mma.cu does not take the shape.
 //
 // Count, with P pairs of a byte and one that it attends to (attention_pairs: B H T^2/2 where W =
-// T): forward 4 P d operations, backward 10 P d (the tiled kernels compute a and dp twice: 14).
+// T): forward 4 P d operations, backward 10 P d (all kernels here compute a and dp twice: 14).
 // Arrays are read once and written once: N (2H + 2G) d values forward. At 32 x 1024 with 4 heads of
 // 64 that is 17 GFLOP and 67 MB in bf16: 23 us of memory and 270 us of float32 arithmetic at 63
 // TFLOP/s. So arithmetic is the bound, and no array of T x T values is ever in memory. Run by:
@@ -150,7 +150,7 @@ static void attention_forward_naive(act *out, real *lse, const act *qkv, const r
              attention_bytes(s, sizeof(float), 1, 1));
 }
 
-// delta = dout . out of every row and head; a thread each. Of tiled, too: 2 N H d values read.
+// delta = dout . out of every row and head, a warp each; 2 N H d values read. For all rungs.
 template <typename T>
 __global__ void attention_deltas(float *delta, const T *dout, const T *out, size_t rows, int d) {
     begin_dependent();

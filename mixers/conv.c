@@ -104,7 +104,7 @@ static void stream_step(const Stream *s, const StreamUnit *u) {
 
 #define CONV_ROW(mixer_name, mixer_formula, with_norm, many)                                   \
     .name = mixer_name, .formula = mixer_formula,                                              \
-    .numbers = {{"taps", 1, MAX_TAPS, 2, NULL}, {"dilation", 1, 1 << 20, 1, NULL}},             \
+    .numbers = {{"taps", 1, MAX_TAPS, 2, NULL, "K"}, {"dilation", 1, 1 << 20, 1, NULL, "dil"}}, \
     .repeats = many,                                                                           \
     .activation = true, .norm = with_norm, .data_bytes = sizeof(Convs), .reach = reach,        \
     .describe = describe, .place = place_convs, .forward = forward, .backward = backward,      \

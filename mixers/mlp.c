@@ -75,7 +75,7 @@ static void stream_step(const Stream *s, const StreamUnit *u) {
 const Mixer mlp_mixer = {
     .name = "mlp",
     .formula = "x + W2 f(W1 norm(x))",
-    .numbers = {{"width in C", 1, 1024, 4, NULL}},
+    .numbers = {{"width in C", 1, 1024, 4, NULL, "M"}},
     .activation = true,
     .norm = true,
     .data_bytes = sizeof(Mlp),

@@ -149,17 +149,9 @@ typedef struct {
     int parts;
 } Corpus;
 
-// ---- The table of operations -------------------------------------------------------------------
+// ---- The operations of attention (mixers/attn.c): a part of the table below
 //
-// Contracts that hold for every entry:
-//   - parameter gradients are ADDED to (+=). They are zero when a step begins: so they were
-//     allocated, and so `optimize` leaves them;
-//   - activation gradients are WRITTEN (=), but where an epilogue says `accumulate`;
-//   - outputs do not alias inputs unless the entry says they may; in backward a pre is both: its
-//     gradient takes its place;
-//   - work is a workspace of at least work_bytes(...) whose contents do not matter;
-//   - two calls with the same inputs give the same bits (no atomics on floats).
-// The chapter on attention (mixers/attn.c). qkv, dqkv (N,(H+2G)d), out, dout (N,H*d), rms (N,H+G),
+// qkv, dqkv (N,(H+2G)d), out, dout (N,H*d), rms (N,H+G),
 // lse, delta (N,H), gain, dgain (H).
 typedef struct {
     // Every head of q and k in place: divided by its root mean square, whose inverse goes into rms
@@ -171,12 +163,22 @@ typedef struct {
     // exponentials (NULL: not wanted)
     void (*forward)(act *out, real *lse, const act *qkv, const real *gain, AttentionShape s,
                     void *work);
-    // delta: a workspace
+    // delta is overwritten.
     void (*backward)(act *dqkv, real *dgain, const act *dout, const act *out, const real *lse,
                      real *delta, const act *qkv, const real *gain, AttentionShape s, void *work);
-    size_t (*work_bytes)(AttentionShape s);
+    size_t (*work_bytes)(AttentionShape s);  // of `work`, never 0
 } Attention;
 
+// ---- The table of operations -------------------------------------------------------------------
+//
+// Contracts that hold for every entry:
+//   - parameter gradients are ADDED to (+=). They are zero when a step begins: so they were
+//     allocated, and so `optimize` leaves them;
+//   - activation gradients are WRITTEN (=), but where an epilogue says `accumulate`;
+//   - outputs do not alias inputs unless the entry says they may; in backward a pre is both: its
+//     gradient takes its place;
+//   - work is a workspace of at least work_bytes(...) whose contents do not matter;
+//   - two calls with the same inputs give the same bits (no atomics on floats).
 typedef struct Backend {
     const char *name;  // "plain", "cpu", "naive", "tiled", "tensor"
     const char *idea;  // one line for --help

@@ -84,7 +84,8 @@ static int open_models(Run *r, Error *e) {
     B = N / T > 1 ? N / T : 1;
     if (N > 1 << 27 || T > 1 << 27)
         return fail(e, "a pass of %lld bytes and windows of %lld to score: use a smaller --batch "
-                       "(with --accum) or --seq, or fewer dilations", (long long)N, (long long)T);
+                       "(with --accum) or --seq, or --units that reach less far back",
+                    (long long)N, (long long)T);
     if (model_open(&r->model, r->backend, &r->config, (int)opt.batch, (int)opt.seq, &training, e))
         return -1;
     Error why;

@@ -161,7 +161,7 @@ int run_take_folder(Run *r, const char *name, Error *e) {
 
 // ---- Names and numbers as metadata --------------------------------------------------------------
 
-// Metadata in the making: at most MAX_PAIRS, which there are not.
+// Metadata in the making. There are fewer pairs than MAX_PAIRS: the options and eight more.
 typedef struct {
     Pair pairs[MAX_PAIRS];
     int n;
@@ -369,7 +369,7 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
                 free(given);
                 return -1;
             }
-            // What has been taken already is no note's business: begin() says that.
+            // Where the saved run has taken as many steps already, begin_run says so.
             const char *taken = checkpoint_get(ck, "step");
             if (taken && atoll(taken) < atoll(given))
                 fprintf(stderr, "note: --steps was %s: the learning rate now falls until %s\n",
@@ -385,7 +385,8 @@ static int take_saved_options(const Cli *cli, const Checkpoint *ck, Error *e) {
     return 0;
 }
 
-// The texts of a saved run, one name a line, where none is given. (Standard input must be again.)
+// The texts of a saved run, one name a line, where none is given. (Standard input must be given
+// again.)
 static int take_saved_files(Cli *cli, const Checkpoint *ck, Error *e) {
     const char *saved = checkpoint_get(ck, "files");
     if (!saved) return fail(e, "%s: no files in its metadata", ck->name);

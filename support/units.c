@@ -76,7 +76,7 @@ static int unknown_mixer(const Parser *s, const char *at) {
 
 static int count_numbers(const Mixer *m) {
     int n = 0;
-    while (n < 4 && m->numbers[n].name) n++;
+    while (n < MAX_DECLARED && m->numbers[n].name) n++;
     return n;
 }
 
@@ -86,7 +86,7 @@ static bool is_digit(char c) { return c >= '0' && c <= '9'; }
 // one whose prefix stands there. -1: none; then it may be an activation.
 static int which_number(const Mixer *m, int next, const char *text) {
     if (is_digit(*text)) return next;
-    for (int i = 0; i < 4 && m->numbers[i].name; i++) {
+    for (int i = 0; i < MAX_DECLARED && m->numbers[i].name; i++) {
         const char *prefix = m->numbers[i].prefix;
         size_t n = prefix ? strlen(prefix) : 0;
         if (n && strncmp(text, prefix, n) == 0 && is_digit(text[n])) return i;
@@ -218,7 +218,7 @@ const char *unit_text(const Unit *u, Activation usual, char *buffer, size_t size
     snprintf(buffer, size, "%s", u->mixer->name);
     for (int i = 0; i < u->n_numbers; i++) {
         size_t used = strlen(buffer);
-        const char *prefix = i < 4 ? u->mixer->numbers[i].prefix : NULL;
+        const char *prefix = i < MAX_DECLARED ? u->mixer->numbers[i].prefix : NULL;
         snprintf(buffer + used, size - used, ":%s%d", prefix ? prefix : "", u->numbers[i]);
     }
     size_t used = strlen(buffer);

@@ -52,7 +52,7 @@ finds 'a host compiler that nvcc does not know' 'error -- unsupported GNU versio
 mkdir "$bin/toolkit" && stub toolkit/nvcc 'case "$*" in
 *probe.cu*) case $0 in */toolkit/nvcc) ;; *) echo "cicc: not found"; exit 1;; esac;; --list*) echo compute_80;; esac'
 rm "$bin/nvcc" && ln -s toolkit/nvcc "$bin/nvcc"
-finds 'a link to nvcc: the toolkit beside which it lies' 'CUDA: -gencode.*sm_80' 'not found'
+finds 'a link to nvcc: the toolkit beside which it lies' 'CUDA: -gencode.*sm_80' 'CPU only'
 
 # ---- Flags that would make the tests pass for nothing ----
 

@@ -64,7 +64,7 @@ static void append_number(char *text, size_t size, const Number *n, int value) {
 
 static int declared_numbers(const Mixer *m) {
     int n = 0;
-    while (n < 4 && m->numbers[n].name) n++;
+    while (n < MAX_DECLARED && m->numbers[n].name) n++;
     return n;
 }
 
