@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "support/arithmetic.h"
+#include "support/weight_queue.h"
 
 int fail(Error *e, const char *format, ...) {
     va_list args;
@@ -535,97 +536,6 @@ void model_forward(Model *m, const Pass *pass) {
 //     dy               -                       units without an activation  dx where dropout kept
 // With the side stream dh and dz have places of their own.
 
-static void fork(const Model *m) {
-    if (m->side_stream) m->backend->fork();
-}
-static int end_fork(const Model *m) { return m->side_stream ? m->backend->end_fork() : 0; }
-
-// Everything on the side stream is done.
-static void join_all(Model *m) {
-    if (m->queue.fork) m->backend->join(m->queue.fork);
-    m->queue.fork = m->queue.n_on_side = 0;
-}
-
-// Computes n weight gradients of one shape, on the side stream where there is one: only the
-// optimizer waits for them, and with few rows in a pass a kernel leaves most of a GPU idle.
-static void run_jobs(Model *m, const WeightJob *jobs, int n, ConvShape s) {
-    WeightQueue *q = &m->queue;
-    fork(m);
-    m->backend->conv_backward_weight(jobs, n, s, m->side_work);
-    int done = end_fork(m);
-    if (!done) return;
-    q->fork = done;
-    for (int i = 0; i < 2 * n; i++) {
-        if (q->n_on_side == MAX_ON_SIDE) join_all(m);
-        q->on_side[q->n_on_side].array = i % 2 ? jobs[i / 2].dy : jobs[i / 2].x;
-        q->on_side[q->n_on_side++].fork = done;
-    }
-    if (!q->fork) q->n_on_side = 0;  // joined above: nothing is read any more
-}
-
-static bool same_shape(ConvShape a, ConvShape b) {  // but for dil, which stands in the job
-    return a.B == b.B && a.T == b.T && a.C == b.C && a.O == b.O && a.K == b.K;
-}
-
-// Runs the waiting jobs that have the shape of job `like` and, unless `reads` is NULL, read that
-// array; at most MAX_WEIGHT_JOBS of them, the oldest first. Jobs whose x is not ready stay.
-static void run_group(Model *m, int like, const act *reads) {
-    WeightQueue *q = &m->queue;
-    const ConvShape s = q->shapes[like];
-    WeightJob group[MAX_WEIGHT_JOBS];
-    int n = 0, kept = 0;
-    for (int i = 0; i < q->n; i++) {
-        const WeightJob *j = &q->jobs[i];
-        bool take = n < MAX_WEIGHT_JOBS && same_shape(q->shapes[i], s) && j->x != q->not_ready &&
-                    (!reads || j->x == reads || j->dy == reads);
-        if (take) {
-            group[n++] = *j;
-        } else {
-            q->shapes[kept] = q->shapes[i];
-            q->jobs[kept++] = *j;
-        }
-    }
-    q->n = kept;
-    run_jobs(m, group, n, s);
-}
-
-// Runs full groups; with `all` every group.
-static void run_groups(Model *m, bool all) {
-    WeightQueue *q = &m->queue;
-    for (int i = 0; i < q->n;) {
-        int ready = 0;
-        for (int j = i; j < q->n; j++)
-            ready += same_shape(q->shapes[j], q->shapes[i]) && q->jobs[j].x != q->not_ready;
-        bool full = ready >= MAX_WEIGHT_JOBS || (q->n == MAX_WAITING && ready > 0);
-        if (q->jobs[i].x != q->not_ready && (full || all))
-            run_group(m, i, NULL);  // takes job i, and others behind it
-        else
-            i++;
-    }
-}
-
-void weight_gradient(Model *m, const Linear *l, const act *x, const act *dy) {
-    WeightQueue *q = &m->queue;
-    real *G = m->grads;
-    q->shapes[q->n] = linear_shape(m, l);
-    q->jobs[q->n++] = (WeightJob){G + l->weight, G + l->bias, x, dy, l->dil};
-    run_groups(m, false);
-}
-
-void before_write(Model *m, const act *array) {
-    WeightQueue *q = &m->queue;
-    for (int i = 0; i < q->n;)
-        if (q->jobs[i].x != q->not_ready && (q->jobs[i].x == array || q->jobs[i].dy == array))
-            run_group(m, i, array);
-        else
-            i++;
-    for (int i = 0; i < q->n_on_side; i++)
-        if (q->on_side[i].array == array) {
-            join_all(m);
-            return;
-        }
-}
-
 // The gradient of the residual stream above unit i goes into dx; and on through the activation
 // below, that of unit i-1, where there is one.
 static Epilogue into_stream(const Model *m, int i, bool accumulate) {
@@ -642,7 +552,7 @@ static Epilogue into_stream(const Model *m, int i, bool accumulate) {
 // One layer's weight gradient by itself, for the head. with_bias: the tied head has none.
 static int head_weight(Model *m, const Linear *l, bool with_bias, const act *x, const act *dy) {
     const WeightJob job = {m->grads + l->weight, with_bias ? m->grads + l->bias : NULL, x, dy, 1};
-    run_jobs(m, &job, 1, linear_shape(m, l));
+    queue_now(m, &job, 1, linear_shape(m, l));
     return m->queue.fork;
 }
 
@@ -704,7 +614,7 @@ static void unit_backward(Model *m, int i, const Pass *pass) {
                               P + u->norm.gain, P + u->norm.bias, into_stream(m, i, true), N, C,
                               m->work);
     m->queue.not_ready = NULL;
-    run_groups(m, false);
+    queue_run(m, false);
 }
 
 void model_backward(Model *m, const Pass *pass) {
@@ -712,13 +622,13 @@ void model_backward(Model *m, const Pass *pass) {
     real *G = m->grads;
     const int head = head_backward(m);
     for (int i = m->U - 1; i >= 0; i--) unit_backward(m, i, pass);
-    run_groups(m, true);
+    queue_run(m, true);
     // A tied head's weight gradient has been added to the embedding's, too.
     if (head && m->config.tie) m->backend->join(head);
     m->backend->embed_backward(G + m->embedding, G + m->norm_in.gain, G + m->norm_in.bias, m->dx,
                                m->ids, P + m->embedding, P + m->norm_in.gain,
                                (size_t)m->B * (size_t)m->T, m->config.channels, m->work);
-    join_all(m);
+    queue_join(m);
 }
 
 // ---- Steps -------------------------------------------------------------------------------------
@@ -739,9 +649,9 @@ static void step_body(void *arg) {
                        threshold_of(t->byte_dropout, 65536), pass.first, m->B, m->T);
         model_forward(m, &pass);
         be->cross_entropy(m->losses, m->logits, m->targets, m->config.softcap, scale, N);
-        fork(m);
+        queue_fork(m);
         be->add_losses(m->state, m->losses, N, m->side_work);
-        end_fork(m);  // joined with the weight gradients, which come later
+        queue_end_fork(m);  // joined with the weight gradients, which come later
         model_backward(m, &pass);
     }
     // The factor makes the sum of the losses their mean, in nats per byte.

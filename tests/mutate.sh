@@ -60,7 +60,7 @@ source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1"; else echo "$1"; fi; 
 
 # build TEST: that program and what it runs
 build() {
-    model="model layers fast/cpu fast/attention support/units support/score support/stream"
+    model="model layers fast/cpu fast/attention support/units support/score support/stream support/weight_queue"
     for mixer in mixers/*.c; do model="$model ${mixer%.c}"; done
     core="$model support/checkpoint support/describe support/heat support/output"
     core="$core support/range_coder"
@@ -85,7 +85,7 @@ build_gpu() {
     done | xargs -P "$COMPILERS" -I {} \
         "$NVCC" -O1 -Xptxas -O1 -w -I. "$GENCODE" -DWITH_CUDA -c {}.cu -o {}_cu.o || return 1
     linked=
-    for object in model layers fast/cpu fast/attention support/units support/score support/stream \
+    for object in model layers fast/cpu fast/attention support/units support/score support/stream support/weight_queue \
         support/kernel_check tests/test_kernels $(ls mixers/*.c); do
         object=${object%.c}
         [ -f "$object.o" ] || $CC -std=c11 -O2 -fopenmp -w -I. -DWITH_CUDA -c "$object.c" \
