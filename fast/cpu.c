@@ -199,12 +199,8 @@ static void cpu_optimize(real *params, real *grads, real *m, real *v, real *ema,
 // loads COLS/16 vectors of weights and ROWS scalars of x for ROWS*COLS multiply-adds. AVX-512 has
 // 32 vector registers, of which 16 or 24 accumulate; AVX2 has 16, of which 12 do. The geometry
 // sets the speed and never the bits: an output is ONE chain of multiply-adds, over k, then c.
-#ifdef __AVX512F__
-enum { ROWS = 8, COLS = 128 / sizeof(real) };
-#else
-enum { ROWS = 6, COLS = 64 / sizeof(real) };
-#endif
 enum {
+    ROWS = TILE_ROWS, COLS = TILE_COLS,
     WIDE = 4 * COLS,         // columns of a lone row: 8 vectors, so that no sum waits for itself
     TILES = 8,               // tiles of rows that share a panel of weights while L2 holds it
     CHUNK = TILES * ROWS,    // rows, or channels of dw, that a thread takes at a time
@@ -212,23 +208,11 @@ enum {
     SPAN = 128,              // rows of dy that backward_weight keeps in L1: SPAN*COLS*4 = 16 KB
 };
 
-// a*b + c, rounded once where the hardware can. gcc is asked by name, because tuned for some CPUs
-// it would fuse in one loop and not in another, and their bits would differ. clang always fuses
-// under -ffp-contract=fast; asked by name, clang 14 spills the tile (61 instead of 223 GFLOP/s).
-static inline real muladd(real a, real b, real c) {
-#if defined __FMA__ && !defined __clang__
-    return sizeof(real) == 4 ? (real)__builtin_fmaf((float)a, (float)b, (float)c)
-                             : (real)__builtin_fma(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-// out[r][j] += sum_k sum_c x[k*ROWS + r][c*step] * w[(k*depth + c)*stride + j], in this order.
 // noinline: merged into a caller that knows K, gcc 12 takes acc out of the registers.
 // step: from one term to the next, 1 along a row of x, C along time.
-static __attribute__((noinline)) void tile(real out[ROWS][COLS], const real *const *x, size_t step,
-                                           const real *w, size_t stride, int K, int depth) {
+__attribute__((noinline)) void multiply_tile(real out[ROWS][COLS], const real *const *x,
+                                             size_t step, const real *w, size_t stride, int K,
+                                             int depth) {
     // x moves on by ROWS pointers per tap, w by one row per tap and channel. The loop over r must
     // be unrolled whole (ROWS <= 16): registers cannot be indexed by a variable.
     real acc[ROWS][COLS];  // a local array: nothing else can point at it
@@ -285,7 +269,7 @@ void conv_rows(real *const *out, const real *const *rows, int n, const real *w, 
                 memcpy(y[r], out[j] + o0, sizeof y[r]);
                 for (int k = 0; k < K; k++) from[k * ROWS + r] = rows[k * n + j];
             }
-            tile(y, from, 1, w + o0, (size_t)O, K, C);
+            multiply_tile(y, from, 1, w + o0, (size_t)O, K, C);
             for (int r = 0; r < ROWS && j0 + r < n; r++)
                 memcpy(out[j0 + r] + o0, y[r], sizeof y[r]);
         }
@@ -355,7 +339,7 @@ static void conv_chunk(real *out, const real *in, const real *start, const real 
         if (start) copy_row(first, start + j0, cols);
         for (int i = 0; i < tiles; i++) {
             for (int r = 0; r < ROWS; r++) memcpy(y[r], first, sizeof first);
-            tile(y, from[i], 1, panels + (size_t)j0 * K * depth, COLS, K, depth);
+            multiply_tile(y, from[i], 1, panels + (size_t)j0 * K * depth, COLS, K, depth);
             for (int r = 0; r < ROWS && n0 + (size_t)(i * ROWS + r) < N; r++)
                 copy_row(out + (size_t)(i * ROWS + r) * width + j0, y[r], cols);
         }
@@ -469,7 +453,7 @@ static void weight_tile(real *dw, const real *x, const real *panel, const ConvSh
     // A channel too many repeats the last one of x; its sums are not written.
     for (int r = 0; r < ROWS; r++) from[r] = x + at_most(r, rows - 1);
     for (int r = 0; r < rows; r++) copy_row(sums[r], dw + (size_t)r * s->O, cols);
-    tile(sums, from, (size_t)s->C, panel, COLS, 1, span);
+    multiply_tile(sums, from, (size_t)s->C, panel, COLS, 1, span);
     for (int r = 0; r < rows; r++) copy_row(dw + (size_t)r * s->O, sums[r], cols);
 }
 

@@ -3,12 +3,36 @@
 #ifndef LAYERS_H
 #define LAYERS_H
 
+#include <string.h>
+
 #include "support/backend.h"
 
 // A row through LayerNorm: out, x, gain, bias (C); and backward, as norm_backward is for one row.
 void norm_row(real *out, const real *x, const real *gain, const real *bias, int C);
 void norm_row_backward(real *dx, real *dgain, real *dbias, const real *dout, const real *x,
                        const real *gain, int C, bool accumulate);
+
+// The tile of sums that stays in registers, see cpu.c.
+#ifdef __AVX512F__
+enum { TILE_ROWS = 8, TILE_COLS = 128 / sizeof(real) };
+#else
+enum { TILE_ROWS = 6, TILE_COLS = 64 / sizeof(real) };
+#endif
+// out[r][j] += sum_k sum_c x[k*TILE_ROWS + r][c*step] * w[(k*depth + c)*stride + j], in this order.
+void multiply_tile(real out[TILE_ROWS][TILE_COLS], const real *const *x, size_t step,
+                   const real *w, size_t stride, int K, int depth);
+// a*b + c, rounded once where the hardware can. gcc is asked by name, because tuned for some CPUs
+// it would fuse in one loop and not in another, and their bits would differ. clang always fuses
+// under -ffp-contract=fast; asked by name, clang 14 spills the tile (61 instead of 223 GFLOP/s).
+static inline real muladd(real a, real b, real c) {
+#if defined __FMA__ && !defined __clang__
+    return sizeof(real) == 4 ? (real)__builtin_fmaf((float)a, (float)b, (float)c)
+                             : (real)__builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 
 // out[j][0..O-1] = b + sum_k sum_c w[k,c,:] rows[k*n + j][c] for j in 0..n-1: the inner kernel of
 // every conv on the CPU. A row may lie anywhere, e.g. in a ring; one that lies before the text is

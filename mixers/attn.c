@@ -27,22 +27,32 @@
 
 // ---- Turning: positions, and the root mean square -----------------------------------------------
 
-enum { TURN_FORWARD = 1, TURN_BACK = -1 };
+typedef struct {
+    real cos[MAX_HEAD / 2], sin[MAX_HEAD / 2];
+} Angles;
 
-// Channels j and j + R/2 of n heads, d apart, by the angles of position t; or back.
-static void turn_heads(real *x, int n, int d, int R, uint64_t t, int direction) {
+static Angles angles_at(uint64_t t, int R) {
+    Angles a;
     for (int j = 0; j < R / 2; j++) {
-        double angle = direction * 6.283185307179586 * turn_of(t, turn_step(j, R));
-        real c = (real)cos(angle), s = (real)sin(angle);
-        for (real *h = x; h < x + (size_t)n * d; h += d) {
-            real a = h[j], b = h[j + R / 2];
-            h[j] = a * c - b * s;
-            h[j + R / 2] = a * s + b * c;
-        }
+        double angle = 6.283185307179586 * turn_of(t, turn_step(j, R));
+        a.cos[j] = (real)cos(angle);
+        a.sin[j] = (real)sin(angle);
+    }
+    return a;
+}
+
+// Channels j and j + R/2 of a head, by the angles of its position; or back.
+static void turn(real *x, const Angles *angles, int R, bool back) {
+    for (int j = 0; j < R / 2; j++) {
+        real c = angles->cos[j], s = back ? -angles->sin[j] : angles->sin[j];
+        real a = x[j], b = x[j + R / 2];
+        x[j] = a * c - b * s;
+        x[j + R / 2] = a * s + b * c;
     }
 }
 
 void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t) {
+    const Angles angles = angles_at(t, R);
     for (int h = 0; h < heads; h++) {
         real *x = qk + (size_t)h * d;
         double squares = 0;
@@ -50,8 +60,8 @@ void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t) {
         real r = (real)(1 / sqrt(squares / d + NORM_EPS));
         for (int c = 0; c < d; c++) x[c] *= r;
         if (rms) rms[h] = r;
+        turn(x, &angles, R, false);
     }
-    turn_heads(qk, heads, d, R, t, TURN_FORWARD);
 }
 
 static size_t qkv_width(AttentionShape s) { return (size_t)(s.H + 2 * s.G) * (size_t)s.d; }
@@ -77,12 +87,13 @@ void plain_turn_backward(act *dqkv, const act *qkv, const real *rms, AttentionSh
     for (int n = 0; n < s.B * s.T; n++) {
         real *d_n = (real *)dqkv + (size_t)n * qkv_width(s), y[MAX_HEAD];
         const real *q_n = (const real *)qkv + (size_t)n * qkv_width(s);
-        turn_heads(d_n, heads, s.d, s.R, (uint64_t)(n % s.T), TURN_BACK);
+        const Angles angles = angles_at((uint64_t)(n % s.T), s.R);
         for (int h = 0; h < heads; h++) {
             real *d = d_n + (size_t)h * s.d, r = rms[(size_t)n * heads + h];
             double dot = 0;
             memcpy(y, q_n + (size_t)h * s.d, (size_t)s.d * sizeof *y);
-            turn_heads(y, 1, s.d, s.R, (uint64_t)(n % s.T), TURN_BACK);
+            turn(y, &angles, s.R, true);
+            turn(d, &angles, s.R, true);
             for (int c = 0; c < s.d; c++) dot += (double)d[c] * y[c];
             for (int c = 0; c < s.d; c++) d[c] = r * (d[c] - y[c] * (real)(dot / s.d));
         }
