@@ -1,10 +1,12 @@
 // attention.c: attention on the CPU's second rung. The definition is mixers/attn.c; read that
 // first.
 //
-// The heads of a group of one text are a task. Their keys are transposed once, so that the scores
-// of a query with many keys are sums of vectors, one for each channel; values lie as they are.
-// Forward keeps one row of scores, backward QUERIES rows and their gradients. Streaming calls the
-// same three functions and so gives the same bits: every sum counts from the window's first byte.
+// The heads of a group of one text are a task. Its products, of a few hundred operations for each
+// value read, are made in the convolution's tiles (multiply_tile): scores from queries and transposed
+// keys, what is attended to from scores and values, the gradients likewise. QUERIES rows are taken
+// together, and what one of them does not attend to counts as zero. Streaming has a row at a time,
+// in functions of its own: every sum has the same terms in the same order, and so the same bits.
+// Measured: 67 GFLOP/s forward and 63 backward where a conv makes 107 (MEASURED.md).
 #include <math.h>
 
 #include "fast/layers.h"
