@@ -1,7 +1,7 @@
 // attention.c: attention on the CPU's second rung. The definition is mixers/attn.c; read that
 // first.
 //
-// The heads of a group of one text are a task. Its products, of a few hundred operations for each
+// The heads of a group of one text are a task. Its products, some hundred operations for each
 // value read, are made in the convolution's tiles (multiply_tile): scores from queries and transposed
 // keys, what is attended to from scores and values, the gradients likewise. QUERIES rows are taken
 // together, and what one of them does not attend to counts as zero. Streaming has a row at a time,
