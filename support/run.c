@@ -15,6 +15,8 @@
 #include <omp.h>
 #endif
 
+static const char *const run_files[] = {"model.safetensors", "state.safetensors", "log.tsv"};
+
 // The folder's file `name`, in buffer.
 static const char *path_in(const Run *r, char *buffer, size_t size, const char *name) {
     // 4000: find_folder has seen that it is not longer.
@@ -111,11 +113,10 @@ static int open_lock(Run *r, const char *path, Error *e) {
 
 // Removes what trainers that were killed while they wrote have left in r->folder.
 static void remove_temporaries(const Run *r) {
-    static const char *const of[] = {"model.safetensors", "state.safetensors", "log.tsv"};
     DIR *folder = opendir(r->folder);
     for (struct dirent *entry; folder && (entry = readdir(folder));)
         for (int i = 0; i < 3; i++)
-            if (output_is_temporary(entry->d_name, of[i]))
+            if (output_is_temporary(entry->d_name, run_files[i]))
                 unlinkat(dirfd(folder), entry->d_name, 0);
     if (folder) closedir(folder);
 }
@@ -181,8 +182,8 @@ static int move_aside(const Run *r, Error *e) {
     char aside[sizeof r->folder + 16];
     const char *needed = needed_there(r), *why = NULL;
     if (needed)
-        return fail(e, "%s holds a run and cannot be moved aside, because %.200s is in it or is "
-                       "it: choose another --out", r->folder, needed);
+        return fail(e, "%s holds a run and cannot be moved aside, because %.200s lies "
+                       "there: choose another --out", r->folder, needed);
     for (int i = 1; !why; i++) {
         struct stat st;
         snprintf(aside, sizeof aside, "%s.%d", r->folder, i);
@@ -200,11 +201,10 @@ static int move_aside(const Run *r, Error *e) {
 
 // Whether r->folder holds what a trainer writes; a log.tsv may as well be somebody's own.
 static bool holds_run(const Run *r) {
-    static const char *const files[] = {"model.safetensors", "state.safetensors", "log.tsv"};
     char path[4096];
     struct stat st;
     for (int i = 0; i < 3; i++)
-        if (lstat(path_in(r, path, sizeof path, files[i]), &st) == 0) return true;
+        if (lstat(path_in(r, path, sizeof path, run_files[i]), &st) == 0) return true;
     return false;
 }
 
