@@ -33,14 +33,34 @@ int output_differs(const char *path, const char *in, Error *e) {
                 standard ? "(standard input)" : in);
 }
 
+bool output_is_temporary(const char *name, const char *of) {
+    static const char digits[] = "0123456789";
+    size_t n = strlen(of);
+    if (strncmp(name, of, n) != 0 || name[n] != '.') return false;
+    const char *pid = name + n + 1, *minus = pid + strspn(pid, digits);
+    if (minus == pid || *minus != '-') return false;
+    const char *end = minus + 1 + strspn(minus + 1, digits);
+    return end > minus + 1 && strcmp(end, ".tmp") == 0;
+}
+
+// How much of the path begins a temporary name: file systems take names of 255 bytes, and some of
+// them no part of a UTF-8 character.
+static size_t stem(const char *path) {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    size_t n = strlen(name);
+    if (n > 200)
+        for (n = 200; n > 1 && ((uint8_t)name[n] & 0xc0) == 0x80;) n--;
+    return (size_t)(name - path) + n;
+}
+
 // Creates the file under a name that nothing had: what is there already is somebody else's.
 static FILE *create_unique(Output *out, size_t size, Error *e) {
     char *name = malloc(size);
-    int fd = -1;
+    int fd = -1, n = (int)stem(out->path);
     if (!name) return fail(e, "out of memory"), NULL;
     errno = EEXIST;
     for (int i = 0; i < 10000 && fd < 0 && errno == EEXIST; i++) {
-        snprintf(name, size, "%s.%ld-%d.tmp", out->path, (long)getpid(), i);
+        snprintf(name, size, "%.*s.%ld-%d.tmp", n, out->path, (long)getpid(), i);
         fd = open(name, O_RDWR | O_CREAT | O_EXCL, 0666);
     }
     if (fd < 0) {
@@ -79,9 +99,10 @@ int output_open(Output *out, const char *path, bool replace, Error *e) {
     if (!out->path) return fail(e, "cannot write %.200s: %s", path, strerror(errno));
     // "." and "-" and two numbers and ".tmp" and a NUL
     out->file = create_unique(out, strlen(out->path) + 48, e);
-    if (out->file) return 0;
-    output_abandon(out);
-    return -1;
+    if (!out->file) return output_abandon(out), -1;
+    // What was kept from others stays so. Some file systems have no modes: no error.
+    if (there) fchmod(fileno(out->file), st.st_mode & 07777);
+    return 0;
 }
 
 void output_abandon(Output *out) {

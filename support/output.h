@@ -12,7 +12,8 @@ extern "C" {
 
 // An output under a temporary name of its own, PATH.PID-N.tmp, in the folder of the file. SIGKILL
 // at any moment leaves the file of before or the new one, and perhaps the temporary one beside it.
-// Where PATH is a link to a file, the link stays and the file gets the new content.
+// Where PATH is a link to a file, the link stays and the file gets the new content. A file that is
+// there keeps its mode. A long name is cut before PID.
 typedef struct {
     FILE *file;              // to be written and sought by its owner
     char *path, *temporary;  // path NULL: standard output. temporary NULL: not there (any more)
@@ -31,6 +32,8 @@ int output_open(Output *out, const char *path, bool replace, Error *e);
 int output_commit(Output *out, Error *e);
 // Says that a write failed. reason: an errno, or 0 when stdio has seen an error earlier.
 int output_failed(const Output *out, int reason, Error *e);
+// Whether `name` can be the temporary file of an output `of`, both without folder.
+bool output_is_temporary(const char *name, const char *of);
 // Gives up: removes the temporary file. Takes a zeroed Output, and one that is closed already.
 void output_abandon(Output *out);
 

@@ -7,12 +7,15 @@
 #define _DARWIN_C_SOURCE   // flock on macOS
 #include "support/run.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <stdarg.h>
 #include <sys/file.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+static const char *const run_files[] = {"model.safetensors", "state.safetensors", "log.tsv"};
 
 // The folder's file `name`, in buffer.
 static const char *path_in(const Run *r, char *buffer, size_t size, const char *name) {
@@ -58,6 +61,11 @@ static int find_folder(Run *r, const char *name, Error *e) {
     return 0;
 }
 
+static int cannot_write(const Run *r, Error *e) {
+    return fail(e, "cannot write into %s: %s; expected a folder: choose another --out", r->folder,
+                strerror(errno));
+}
+
 // "process 17 since 2026-11-25 09:00:00", as the lock's holder has written it.
 static void read_holder(int lock, char *who, size_t size) {
     ssize_t n = pread(lock, who, size - 1, 0);
@@ -77,19 +85,54 @@ static void write_holder(int lock) {
     if (ftruncate(lock, 0) == 0) dprintf(lock, "process %ld since %s\n", (long)getpid(), since);
 }
 
+// Opens r->folder's file .lock, which may be somebody's own: only a file that is empty or that a
+// trainer wrote is taken. 1: the folder has been moved away meanwhile.
+static int open_lock(Run *r, const char *path, Error *e) {
+    struct stat before, after, lock;
+    char word[8];
+    if (stat(r->folder, &before)) return errno == ENOENT ? 1 : cannot_write(r, e);
+    // O_NONBLOCK: a pipe must not make this wait.
+    r->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+    if (r->lock >= 0) {
+        bool file = fstat(r->lock, &lock) == 0 && S_ISREG(lock.st_mode);
+        ssize_t n = file ? pread(r->lock, word, sizeof word, 0) : -1;
+        if (n == 0 || (n == sizeof word && memcmp(word, "process ", sizeof word) == 0)) return 0;
+        close(r->lock);
+    } else if (errno == ENOENT) {
+        // The folder was moved; or it is there still and takes no file, as /proc/1.
+        if (stat(r->folder, &after) || before.st_dev != after.st_dev ||
+            before.st_ino != after.st_ino)
+            return 1;
+        errno = ENOENT;
+        return cannot_write(r, e);
+    } else if (errno != ELOOP && errno != EISDIR && errno != ENXIO) {
+        return cannot_write(r, e);
+    }
+    return fail(e, "%s is no trainer's lock: choose another --out, or move it away", path);
+}
+
+// Removes what trainers that were killed while they wrote have left in r->folder.
+static void remove_temporaries(const Run *r) {
+    DIR *folder = opendir(r->folder);
+    for (struct dirent *entry; folder && (entry = readdir(folder));)
+        for (int i = 0; i < 3; i++)
+            if (output_is_temporary(entry->d_name, run_files[i]))
+                unlinkat(dirfd(folder), entry->d_name, 0);
+    if (folder) closedir(folder);
+}
+
 // Locks r->folder by its file .lock; the kernel releases it when the process ends, however it does.
 // 1: the folder has been moved away meanwhile.
 static int lock_folder(Run *r, Error *e) {
     char path[4096], who[64];
     struct stat there, ours;
     path_in(r, path, sizeof path, ".lock");
-    r->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (r->lock < 0 && errno == ENOENT) return 1;
+    int status = open_lock(r, path, e);
+    if (status) return status;
     // Refused now, not when the first save would have to be given up.
-    if (r->lock < 0 || access(r->folder, W_OK))
-        return fail(e, "cannot write into %s: %s; expected a folder: choose another --out",
-                    r->folder, strerror(errno));
-    if (flock(r->lock, LOCK_EX | LOCK_NB)) {
+    if (access(r->folder, W_OK)) return cannot_write(r, e);
+    bool locked = flock(r->lock, LOCK_EX | LOCK_NB) == 0;
+    if (!locked) {
         if (errno == EWOULDBLOCK) {
             read_holder(r->lock, who, sizeof who);
             return fail(e, "%s trains in %s: choose another --out, or wait until it has ended", who,
@@ -102,15 +145,16 @@ static int lock_folder(Run *r, Error *e) {
     if (stat(path, &there) == 0 && fstat(r->lock, &ours) == 0 && there.st_dev == ours.st_dev &&
         there.st_ino == ours.st_ino) {
         write_holder(r->lock);
+        if (locked) remove_temporaries(r);
         return 0;
     }
     close(r->lock);
     return 1;
 }
 
-// Whether the current folder is r->folder or lies in it: then that stays where it is.
-static bool stand_in(const Run *r) {
-    char *here = realpath(".", NULL), *there = realpath(r->folder, NULL);
+// Whether the file or folder `name` is r->folder or lies in it.
+static bool lies_in(const Run *r, const char *name) {
+    char *here = realpath(name, NULL), *there = realpath(r->folder, NULL);
     size_t n = there ? strlen(there) : 0;
     bool inside = here && there && strncmp(here, there, n) == 0 &&
                   (here[n] == 0 || here[n] == '/' || n == 1);
@@ -119,10 +163,27 @@ static bool stand_in(const Run *r) {
     return inside;
 }
 
+// What of this run lies in r->folder, which therefore stays where it is: the name, or NULL.
+static const char *needed_there(const Run *r) {
+    static const char *const inputs[] = {"val", "init"};
+    if (lies_in(r, ".")) return "the current folder";
+    for (int i = 0; i < r->cli.n_files; i++)
+        if (lies_in(r, r->cli.files[i])) return r->cli.files[i];
+    for (int i = 0; i < 2; i++) {
+        const Option *o = find_option(&r->cli, inputs[i], strlen(inputs[i]));
+        const char *name = o ? *(const char **)o->value : NULL;
+        if (name && lies_in(r, name)) return name;
+    }
+    return NULL;
+}
+
 // Renames r->folder, which holds a run and is locked, to the first free of folder.1, folder.2 ..
 static int move_aside(const Run *r, Error *e) {
     char aside[sizeof r->folder + 16];
-    const char *why = stand_in(r) ? "it is the current folder" : NULL;
+    const char *needed = needed_there(r), *why = NULL;
+    if (needed)
+        return fail(e, "%s holds a run and cannot be moved aside, because %.200s lies "
+                       "there: choose another --out", r->folder, needed);
     for (int i = 1; !why; i++) {
         struct stat st;
         snprintf(aside, sizeof aside, "%s.%d", r->folder, i);
@@ -138,12 +199,17 @@ static int move_aside(const Run *r, Error *e) {
                    "its model.safetensors, state.safetensors and log.tsv away", r->folder, why);
 }
 
-int run_take_folder(Run *r, const char *name, Error *e) {
-    char state[4096], model[4096];
+// Whether r->folder holds what a trainer writes; a log.tsv may as well be somebody's own.
+static bool holds_run(const Run *r) {
+    char path[4096];
     struct stat st;
+    for (int i = 0; i < 3; i++)
+        if (lstat(path_in(r, path, sizeof path, run_files[i]), &st) == 0) return true;
+    return false;
+}
+
+int run_take_folder(Run *r, const char *name, Error *e) {
     if (find_folder(r, name, e)) return -1;
-    path_in(r, state, sizeof state, "state.safetensors");
-    path_in(r, model, sizeof model, "model.safetensors");
     // Two trainers may be here at the same time. Nothing is moved without its lock; whoever finds
     // that the folder under the name is not the one that it has locked begins again.
     for (int tries = 0; tries < 100; tries++) {
@@ -152,7 +218,7 @@ int run_take_folder(Run *r, const char *name, Error *e) {
         int status = lock_folder(r, e);
         if (status < 0) return -1;
         if (status > 0) continue;
-        if (stat(state, &st) && stat(model, &st)) return 0;
+        if (!holds_run(r)) return 0;
         if (move_aside(r, e)) return -1;
         close(r->lock);
     }
@@ -267,8 +333,7 @@ int run_identify(Run *r, uint64_t start, Error *e) {
     uint64_t hash = checksum_add(CHECKSUM_START, parts, sizeof parts);
     for (int i = 0; i < r->cli.n_options; i++) {
         const Option *o = &r->cli.options[i];
-        // A run that goes on beyond its end is still that run.
-        if (!o->saved || strcmp(o->name, "steps") == 0) continue;
+        if (!o->saved) continue;
         char *value = saved_text(o);
         hash = checksum_add(checksum_add(hash, o->name, strlen(o->name) + 1), value,
                             strlen(value) + 1);
@@ -517,17 +582,33 @@ int threads_in_use(void) {
 #endif
 }
 
+static const char log_header[] =
+    "step\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n";
+
+// Whether a line of a log is a row: five fields, the first a step's number.
+static bool is_row(const char *line) {
+    size_t digits = strspn(line, "0123456789");
+    int tabs = 0;
+    for (const char *s = line; *s; s++) tabs += *s == '\t';
+    return digits > 0 && line[digits] == '\t' && tabs == 4;
+}
+
 // What the old log says up to r->step. Comments and header stay; steps after the saved one will be
-// taken and logged again.
-static void copy_log(const Run *r, FILE *old, FILE *to) {
+// taken and logged again. What is none of this goes. -1: it cannot be read.
+static int copy_log(const Run *r, FILE *old, FILE *to) {
     char *line = NULL;
     size_t room = 0;
     ssize_t n;
     // A crash may have cut the last row: it ends in no newline.
-    while ((n = getline(&line, &room, old)) > 0 && line[n - 1] == '\n')
-        if (line[0] == '#' || line[0] == 's' || atoll(line) <= r->step) fputs(line, to);
+    while ((n = getline(&line, &room, old)) > 0 && line[n - 1] == '\n') {
+        if (strlen(line) != (size_t)n) continue;
+        if (line[0] == '#' || strcmp(line, log_header) == 0 ||
+            (is_row(line) && atoll(line) <= r->step))
+            fputs(line, to);
+    }
     free(line);
     fprintf(to, "# resumed at step %lld\n", (long long)r->step);
+    return ferror(old) ? -1 : 0;
 }
 
 static void write_log_header(const Run *r, FILE *to) {
@@ -546,21 +627,21 @@ static void write_log_header(const Run *r, FILE *to) {
             fprintf(to, strchr(value, ' ') ? " --%s \"%s\"" : " --%s %s", o->name, value);
         free(value);
     }
-    fprintf(to, "\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n");
+    fprintf(to, "\n%s", log_header);
 }
 
 int run_open_log(Run *r, bool resumed, Error *e) {
     char path[4096];
     path_in(r, path, sizeof path, "log.tsv");
-    FILE *old = resumed ? fopen(path, "r") : NULL;
     Output out;
+    // Before the old log is opened: it refuses a pipe, for which fopen would wait.
     if (output_open(&out, path, true, e)) return -1;
-    if (old) {
-        copy_log(r, old, out.file);
-        fclose(old);
-    } else {
-        write_log_header(r, out.file);
-    }
+    FILE *old = resumed ? fopen(path, "r") : NULL;
+    bool unread = resumed && (old ? copy_log(r, old, out.file) != 0 : errno != ENOENT);
+    if (unread) fail(e, "cannot read %s: %s", path, strerror(errno));
+    if (!old && !unread) write_log_header(r, out.file);
+    if (old) fclose(old);
+    if (unread) return output_abandon(&out), -1;
     // Whole under its name first; from now on rows are appended.
     if (output_commit(&out, e)) return -1;
     r->log = fopen(path, "a");

@@ -34,8 +34,9 @@ typedef struct {
 
 // ---- The folder: one trainer at a time ----------------------------------------------------------
 
-// Takes the folder `name` for a new run, and makes it. A run that is there already is moved aside;
-// one that is being trained is an error that says by which process.
+// Takes the folder `name` for a new run, and makes it. A run that is there already is moved aside,
+// but not with a text, --val or --init of this one in it. One that is being trained is an error
+// that says by which process. r->cli must be complete.
 int run_take_folder(Run *r, const char *name, Error *e);
 // Takes the folder of a run that shall go on, opens its state and takes its options and texts,
 // where none are given.
@@ -45,8 +46,9 @@ int run_load(Run *r, const Checkpoint *state, Error *e);
 
 // ---- What it writes -----------------------------------------------------------------------------
 
-// Gives a new run its id, once its options and texts are known. Two runs of one id are the same
-// computation, but for where they end. start: checksum of the parameters of --init, else 0.
+// Gives a new run its id, once its options and texts are known: two runs of one id begin as the
+// same computation. One that goes on with other --steps keeps its id. start: checksum of the
+// parameters of --init, else 0.
 int run_identify(Run *r, uint64_t start, Error *e);
 // The best parameters so far, for others to use.
 int run_save_model(Run *r, Error *e);

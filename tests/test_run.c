@@ -6,8 +6,10 @@
 #include "tests/test.h"
 
 #include <ftw.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
+#include "support/output.h"
 #include "support/progress.h"
 #include "support/run.h"
 #include "support/texts.h"
@@ -159,7 +161,8 @@ static void test_saving(void) {
     memcpy(before, r.id, sizeof before);
     steps = 20;
     need(run_identify(&r, 0, &e) == 0, e.text);
-    check(strcmp(before, r.id) == 0, "a run that goes on beyond its end keeps its id");
+    check(strcmp(before, r.id) != 0, "other steps: another id");
+    steps = 9;
     need(run_identify(&r, 5, &e) == 0, e.text);
     check(strcmp(before, r.id) != 0, "other parameters at the start: another id");
     lr = 0.25;
@@ -209,6 +212,12 @@ static void test_strictness(void) {
     int status = resume(&again, &e);
     check(status == 0, "a state that is sound is taken");
     end(&again);
+    steps = 20, table[0].given = true;
+    status = resume(&again, &e);
+    check(status == 0 && steps == 20 && strcmp(again.id, r.id) == 0,
+          "with other steps, too, and they keep the id");
+    end(&again);
+    steps = 9, table[0].given = false;
     const struct { const char *key, *value, *says; } wrong[] = {
         {"best", "nan", "best is 'nan'"}, {"best", "", "best is ''"}, {"best", "inf", "a loss"},
         {"best", "-0x1p+0", "best"}, {"best", "0x1.4p+1 ", "best"}, {"best", "2.5", "best"},
@@ -247,6 +256,22 @@ static void test_strictness(void) {
     check(status < 0 && strstr(e.text, "step is '1'"), "and a model from before the best");
     end(&again);
     end(&r);
+}
+
+static void put(const char *path, const char *content) {
+    FILE *f = fopen(path, "w");
+    need(f != NULL, path);
+    fputs(content, f);
+    fclose(f);
+}
+
+static bool holds(const char *path, const char *content) {
+    static char bytes[4096];
+    FILE *f = fopen(path, "r");
+    if (!f) return false;
+    bytes[fread(bytes, 1, sizeof bytes - 1, f)] = 0;
+    fclose(f);
+    return strcmp(bytes, content) == 0;
 }
 
 // ---- The lock -----------------------------------------------------------------------------------
@@ -303,34 +328,125 @@ static void test_lock(void) {
     check(run_take_folder(&r, deep, &e) < 0 && strstr(e.text, "4999 bytes"), "nor a long name cut");
 }
 
+// What lies in a folder that is taken and is no run's.
+static void test_foreign_files(void) {
+    Run r = {0};
+    Error e;
+    struct stat st;
+    char says[64];
+    need(mkdir("U", 0777) == 0 && mkdir("W", 0777) == 0, "mkdir");
+    put("U/log.tsv", "precious");
+    need(run_take_folder(&r, "U", &e) == 0, e.text);
+    check(holds("U.1/log.tsv", "precious"), "a log.tsv is moved aside, whoever wrote it");
+    close(r.lock);
+    put("victim", "process of law");
+    need(symlink("../victim", "W/.lock") == 0, "a link");
+    check(run_take_folder(&r, "W", &e) < 0 && strstr(e.text, "W/.lock is no trainer's lock") &&
+              holds("victim", "process of law"), "a lock that is a link is refused: %s", e.text);
+    need(unlink("W/.lock") == 0, "unlink");
+    put("W/.lock", "precious words");
+    check(run_take_folder(&r, "W", &e) < 0 && strstr(e.text, "no trainer's lock") &&
+              holds("W/.lock", "precious words"), "and a file of other words");
+    need(unlink("W/.lock") == 0 && mkfifo("W/.lock", 0666) == 0, "a pipe");
+    check(run_take_folder(&r, "W", &e) < 0 && strstr(e.text, "no trainer's lock"), "and a pipe");
+    need(unlink("W/.lock") == 0 && mkdir("W/.lock", 0777) == 0, "a folder");
+    check(run_take_folder(&r, "W", &e) < 0 && strstr(e.text, "no trainer's lock"), "and a folder");
+    need(rmdir("W/.lock") == 0, "rmdir");
+    if (stat("/proc/1", &st) == 0)
+        check(run_take_folder(&r, "/proc/1", &e) < 0 && strstr(e.text, "cannot write into /proc/1"),
+              "a folder that takes no file is not one that others move: %s", e.text);
+    else
+        skip("a folder that takes no file: no /proc here");
+    // Each in turn lies in a folder that holds a run: text, --val, --init.
+    static const char *init;
+    Option inputs[] = {TEXT("val", SAVED, &val, "FILE", ""), TEXT("init", 0, &init, "MODEL", "")};
+    const char *files[] = {"victim", "W/../W/t.txt"};
+    put("W/t.txt", "precious");
+    put("W/log.tsv", "");
+    for (int i = 0; i < 3; i++) {
+        r.cli = (Cli){"test", "", "", inputs, 2, files, i == 0 ? 2 : 1};
+        val = i == 1 ? "W/t.txt" : NULL;
+        init = i == 2 ? "./W" : NULL;
+        snprintf(says, sizeof says, "because %s lies there", i == 0 ? files[1] : i == 1 ? val : init);
+        check(run_take_folder(&r, "W", &e) < 0 && strstr(e.text, says) &&
+                  holds("W/t.txt", "precious"),
+              "a folder is not moved with what this run reads: %s", e.text);
+        close(r.lock);
+    }
+    init = NULL;
+    // What was left by trainers that were killed, and what only looks like it.
+    static const char *const left[] = {"W/model.safetensors.17-0.tmp", "W/log.tsv.17-12.tmp",
+                                       "W/state.safetensors.4194304-1.tmp"};
+    static const char *const others[] = {
+        "W/model.safetensors.tmp", "W/log.tsv.17-0.tmp2", "W/log.tsv.-0.tmp", "W/log.tsv.17-.tmp",
+        "W/log.tsv.17.tmp", "W/log.tsv17-0.tmp", "W/my.log.tsv.17-0.tmp", "W/t.txt.17-0.tmp",
+        "W/log.tsv.1a-0.tmp"};
+    for (size_t i = 0; i < 3; i++) put(left[i], "");
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) put(others[i], "");
+    need(unlink("W/log.tsv") == 0 && run_take_folder(&r, "W", &e) == 0, "a folder");
+    int n = 0;
+    for (size_t i = 0; i < 3; i++) n += stat(left[i], &st) != 0;
+    check(n == 3, "what killed trainers left is removed: %d of 3", n);
+    n = 0;
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) n += stat(others[i], &st) == 0;
+    check(n == sizeof others / sizeof *others, "and nothing else: %d stay", n);
+    close(r.lock);
+}
+
+// ---- Outputs ------------------------------------------------------------------------------------
+
+static void test_outputs(void) {
+    char name[256];
+    Output out;
+    Error e;
+    struct stat st;
+    put("private", "old");
+    need(chmod("private", 0600) == 0, "chmod");
+    mode_t mask = umask(022);
+    need(output_open(&out, "private", true, &e) == 0 && fputs("new", out.file) >= 0 &&
+             output_commit(&out, &e) == 0, e.text);
+    umask(mask);
+    check(holds("private", "new") && stat("private", &st) == 0 && (st.st_mode & 07777) == 0600,
+          "a file that is replaced keeps its mode");
+    // 255 bytes, in characters of three bytes.
+    for (int i = 0; i < 255; i++) name[i] = "\xe2\x82\xac"[i % 3];
+    name[255] = 0;
+    bool opened = output_open(&out, name, false, &e) == 0;
+    check(opened, "the longest name can be written");
+    const char *end = opened ? strstr(out.temporary, "\xe2\x82\xac.") : "";
+    check(end && opened && output_commit(&out, &e) == 0 && stat(name, &st) == 0,
+          "and its temporary name is cut between two characters");
+}
+
 // ---- The log ------------------------------------------------------------------------------------
-
-static void put(const char *path, const char *content) {
-    FILE *f = fopen(path, "w");
-    need(f != NULL, path);
-    fputs(content, f);
-    fclose(f);
-}
-
-static bool holds(const char *path, const char *content) {
-    static char bytes[4096];
-    FILE *f = fopen(path, "r");
-    if (!f) return false;
-    bytes[fread(bytes, 1, sizeof bytes - 1, f)] = 0;
-    fclose(f);
-    return strcmp(bytes, content) == 0;
-}
 
 static void test_log(void) {
     Run r = {.step = 12, .folder = "log"};
     Error e;
     need(mkdir("log", 0777) == 0, "mkdir");
-    put("log/log.tsv", "# note\nstep\tloss\n11\t1\n12\t2\n12\tnan\n13\t3\n12");
+    const char head[] = "# note\nstep\ttrain_loss\theld_out_loss\tgradient_norm\tlearning_rate\n"
+                        "11\t1\tnan\t1\t1\n12\t2\tnan\t1\t1\n12\tnan\t2\tnan\tnan\n";
+    char before[512], after[512];
+    snprintf(before, sizeof before, "%s13\t3\tnan\t1\t1\n12\t3\tnan\t1\t1", head);
+    put("log/log.tsv", before);
     need(run_open_log(&r, true, &e) == 0, e.text);
-    run_log(&r, "13\t%d\n", 4);
+    run_log(&r, "13\t%d\tnan\t1\t1\n", 4);
     run_flush_log(&r);
-    check(holds("log/log.tsv", "# note\nstep\tloss\n11\t1\n12\t2\n12\tnan\n# resumed at step 12\n"
-                               "13\t4\n"), "a log goes on after its last whole row of the past");
+    snprintf(after, sizeof after, "%s# resumed at step 12\n13\t4\tnan\t1\t1\n", head);
+    check(holds("log/log.tsv", after), "a log goes on after its last whole row of the past");
+    fclose(r.log);
+    // What is no row, among it a line with a NUL, between the same lines.
+    FILE *f = fopen("log/log.tsv", "w");
+    need(f != NULL, "a log");
+    fputs(head, f);
+    static const char junk[] = "junk\n12\n\nsteps\n12\t1\t2\t3\n12\t1\t2\t3\t4\t5\n-1\t1\t2\t3\t4\n"
+                               "\t1\t2\t3\t4\n12x\t1\t2\t3\t4\n12\t1\t2\t3\t4\0\n\0\0\n";
+    fwrite(junk, 1, sizeof junk - 1, f);
+    fclose(f);
+    need(run_open_log(&r, true, &e) == 0, e.text);
+    run_flush_log(&r);
+    snprintf(after, sizeof after, "%s# resumed at step 12\n", head);
+    check(holds("log/log.tsv", after), "and without what is no row");
     FILE *disk = r.log, *full = fopen("/dev/full", "w");
     if (full) {
         r.log = full;
@@ -343,6 +459,25 @@ static void test_log(void) {
         skip("a full disk: no /dev/full here");
     }
     fclose(disk);
+    // A pipe is refused before it is waited for, and only a log that is not there begins anew.
+    need(unlink("log/log.tsv") == 0 && mkfifo("log/log.tsv", 0666) == 0, "a pipe");
+    alarm(20);
+    check(run_open_log(&r, true, &e) < 0 && strstr(e.text, "a pipe"), "a log that is a pipe");
+    alarm(0);
+    need(unlink("log/log.tsv") == 0, "unlink");
+    put("log/log.tsv", "mine");
+    // One more open file is allowed: the new log. The old one cannot be opened.
+    struct rlimit limit;
+    int last = dup(0);
+    need(last > 0 && close(last) == 0 && getrlimit(RLIMIT_NOFILE, &limit) == 0, "the limit");
+    rlim_t usual = limit.rlim_cur;
+    limit.rlim_cur = (rlim_t)last + 1;
+    need(setrlimit(RLIMIT_NOFILE, &limit) == 0, "a limit");
+    int status = run_open_log(&r, true, &e);
+    limit.rlim_cur = usual;
+    need(setrlimit(RLIMIT_NOFILE, &limit) == 0, "the usual limit");
+    check(status < 0 && strstr(e.text, "cannot read log/log.tsv") && holds("log/log.tsv", "mine"),
+          "one that cannot be read stays: %s", status ? e.text : "");
 }
 
 // ---- Texts and times ----------------------------------------------------------------------------
@@ -386,6 +521,8 @@ int main(void) {
     test_saving();
     test_strictness();
     test_lock();
+    test_foreign_files();
+    test_outputs();
     test_log();
     test_texts();
     test_times();
