@@ -142,7 +142,7 @@ $(BUILD)/tests/test_language.o: data/language.c
 train sample test_causality test_language test_units test_model test_run test_sample test_program \
 test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
-data/language: data/language.c $(HEADERS) $(MODEL)
+data/language: data/language.c $(HEADERS) $(MODEL) $(patsubst %,$(BUILD)/support/%.o,heat checkpoint output)
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)
 # In double, for finite differences.
 test_gradcheck: $(BUILD)/test_gradcheck_f64.o $(MODEL:.o=_f64.o) test_gradcheck_f32
