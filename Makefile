@@ -182,9 +182,10 @@ data/tinyshakespeare.txt:
 
 # The loss curves of RUN (a folder), or with BENCH every table of ./bench --tsv > bench.tsv.
 RUN ?= out
+export RUN
 plot:
-	@$(if $(BENCH),support/plot.sh bench $(BENCH),support/plot.sh run $(RUN) \
-	$(if $(LINE),$(LINE) "$(LINE_TITLE)"))
+	@if [ -n "$$BENCH" ]; then support/plot.sh bench "$$BENCH"; \
+	else support/plot.sh run "$$RUN" "$$LINE" "$$LINE_TITLE"; fi
 
 doctor:
 	@echo "compiler   $(CC): $$($(CC) --version | head -1)"
@@ -200,7 +201,7 @@ doctor:
 
 # ---- Tests ----
 
-test: $(TESTS) train sample data/language
+test: $(TESTS) $(PROGRAMS)
 	tests/run.sh
 
 # The same tests in a copy, so that the programs here stay as they are: with sanitizers, or as

@@ -85,6 +85,54 @@ else
     failed=$((failed + 1)); echo "FAIL the download:"; echo "$out"; ls "$bin/data"
 fi
 
+# ---- Pictures: only beside the table, whole or not at all ----
+
+printf '#!/bin/sh\necho "$*" >>"$BIN/code"; pwd >>"$BIN/pwd"; [ -z "$BREAK" ] && echo new >picture\n' \
+    >"$bin/tools/gnuplot"
+chmod +x "$bin/tools/gnuplot"
+plot=$PWD/support/plot.sh
+# name, status, shell command that must hold afterwards, arguments; in a folder of its own
+plots() {
+    name=$1 want=$2 then=$3; shift 3
+    (cd "$bin/plots" && BIN=$bin PATH=$bin/tools:$PATH "$plot" "$@") >"$bin/said" 2>&1; got=$?
+    if [ $got = "$want" ] && (cd "$bin/plots" && eval "$then") && [ ! -e "$bin/plots/.plot"* ] &&
+        [ ! -e "$bin/plots/r/.plot"* ]; then
+        passed=$((passed + 1)); echo "ok   plot: $name"
+    else
+        failed=$((failed + 1)); echo "FAIL plot: $name: status $got:"; cat "$bin/said"
+        ls -laR "$bin/plots"
+    fi
+}
+mkdir "$bin/plots" "$bin/plots/r" "$bin/plots/it's" "$bin/plots/r.d"
+echo log | tee "$bin/plots/r/log.tsv" >"$bin/plots/it's/log.tsv"
+printf '# step\tx\n1\t2\n' | tee "$bin/plots/table" "$bin/plots/-t" "$bin/plots/r.d/b" >"$bin/plots/b.tsv"
+plots 'the loss' 0 'grep -q new r/loss.png' run r 1.5 "it's"
+plots 'is made beside the picture' 0 "grep -q /plots/r/.plot '$bin/pwd'" run r
+plots 'a name with a quote is none of its code' 0 \
+    "grep -q new it*/loss.png && ! grep -q \"it's/\" '$bin/code' && grep -q \"1.5 it''s'\" '$bin/code'" run "it's"
+plots 'a level that is code' 1 'grep -q "expected a number" "$bin/said"' run r "1; system('x')"
+echo old >"$bin/plots/r/loss.png"
+BREAK=1; export BREAK
+plots 'gnuplot fails: status 1, and the old picture stays' 1 'grep -q old r/loss.png' run r
+plots 'of a table, too' 1 '[ ! -e table-step.png ]' bench table
+unset BREAK
+rm "$bin/plots/r/loss.png"; ln -s ../kept "$bin/plots/r/loss.png"; echo old >"$bin/plots/kept"
+plots 'a link stays, its file is new' 0 '[ -L r/loss.png ] && grep -q new kept' run r
+rm "$bin/plots/r/loss.png"; mkfifo "$bin/plots/r/loss.png"
+plots 'a pipe stays' 1 '[ -p r/loss.png ] && grep -q "not a file" "$bin/said"' run r
+plots 'a table' 0 'grep -q new b-step.png' bench b.tsv
+plots 'a name with ./' 0 'grep -q new table-step.png' bench ./table
+plots 'a name with -' 0 'grep -q new ./-t-step.png' bench -t
+plots 'a folder with a dot' 0 'grep -q new r.d/b-step.png && [ ! -e r-step.png ]' bench r.d/b
+plots 'no table' 1 'grep -q "holds no table" "$bin/said"' bench kept
+rm "$bin/plots/it's/loss.png"
+if out=$(BIN=$bin PATH=$bin/tools:$PATH MAKEFLAGS= make --no-print-directory NVCC= plot \
+    RUN="$bin/plots/it's" 2>&1) && [ -f "$bin/plots/it's/loss.png" ]; then
+    passed=$((passed + 1)); echo "ok   make plot of a folder with a quote"
+else
+    failed=$((failed + 1)); echo "FAIL make plot:"; echo "$out"
+fi
+
 # ---- Wrong usage that depends on the build, and a full disk ----
 
 says_one() { # status, words, arguments
