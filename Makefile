@@ -27,15 +27,17 @@ CUDA_HOME ?= /usr/local/cuda
 # Where a link points to: nvcc looks for the rest of itself beside its own name.
 NVCC := $(shell p=$$(command -v nvcc 2>/dev/null || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null); \
 	readlink -f "$$p" 2>/dev/null || echo "$$p")
-# It must compile a kernel, which takes a second or two: what has done so once is noted in build/.
+# It must compile a kernel, which takes a second or two: what has done so once, and with which host
+# compiler, is noted in build/.
 # What it says otherwise goes into NO_CUDA, and the build is for the CPU.
+TOLD_SO := $(filter command,$(firstword $(origin NVCC)))
 ifneq ($(NVCC),)
-NO_CUDA := $(shell id="$$(ls -lL $(NVCC) | tr -s ' ') $(CC)"; \
+NO_CUDA := $(shell id="$$(ls -lL $(NVCC) | tr -s ' ') $$($${NVCC_CCBIN:-gcc} --version 2>&1 | head -1)"; \
 	[ "$$(cat build/nvcc 2>/dev/null)" = "$$id" ] && exit; d=$$(mktemp -d); \
 	echo '__global__ void kernel(void) {}' > $$d/probe.cu; \
 	if $(NVCC) -c $$d/probe.cu -o $$d/probe.o > $$d/said 2>&1; then mkdir -p build; \
 	echo "$$id" > build/nvcc; else { grep -i -m 1 -e error -e 'not found' $$d/said || \
-	echo 'no reason given'; } | tr -d '\042\047$$`' | cut -c1-200; fi; rm -rf "$$d")
+	echo 'no reason given'; } | tr -d '\042\047\134$$`' | cut -c1-200; fi; rm -rf "$$d")
 BROKEN_NVCC := $(if $(NO_CUDA),$(NVCC))
 ifneq ($(NO_CUDA),)
 override NVCC :=
@@ -95,19 +97,21 @@ TESTS := test_language test_gradcheck test_causality test_units test_model test_
 	test_sample test_program test_kernels
 PROGRAMS := train sample bench data/language
 
-WITHOUT = $(if $(BROKEN_NVCC),no CUDA: $(BROKEN_NVCC) does not compile ($(NO_CUDA)): install the whole \
-	toolkit or a host compiler that it knows$(COMMA) or give NVCC=PATH,no nvcc found$(COMMA) so no CUDA)
+# Why this build is without CUDA: what ./train says, too. No quotes, no backslashes.
+WITHOUT = $(if $(BROKEN_NVCC),$(BROKEN_NVCC) does not compile ($(NO_CUDA)): install the whole toolkit \
+	or a host compiler that it knows$(COMMA) or give NVCC=PATH,$(if $(TOLD_SO),make was told NVCC=: \
+	make again without it,no nvcc was found: install the CUDA toolkit$(COMMA) then make))
 COMMA := ,
 
 all: $(PROGRAMS) $(TESTS)
-	@echo "built for: $(if $(NVCC),CPU and CUDA ($(strip $(GENCODE))),CPU; $(WITHOUT))"
+	@echo "built for: $(if $(NVCC),CPU and CUDA ($(strip $(GENCODE))),CPU without CUDA: $(WITHOUT))"
 
 # A change of compiler, flags or architecture rebuilds everything; a program that was linked from
 # the other folder of objects is linked anew.
-FLAGS = $(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS)
-$(BUILD)/flags build/linked: FORCE
+NOTE = $(if $(filter %/why,$@),$(WITHOUT),$(CC) $(ALL_CFLAGS) $(NVCC) $(NVCC_FLAGS))
+$(BUILD)/flags $(BUILD)/why build/linked: FORCE
 	@mkdir -p $(addprefix $(BUILD)/,fast support mixers tests data)
-	@echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' > $@
+	@echo '$(NOTE)' | cmp -s - $@ || echo '$(NOTE)' > $@
 FORCE:
 
 # bench alone compares with cuBLAS: it needs its library at run time, the others do not.
@@ -119,8 +123,11 @@ BENCH_CORE := $(if $(CUBLAS),$(subst support/timing.cu.o,support/timing_cublas.o
 
 HEADERS := model.h $(wildcard support/*.h support/*.cuh fast/*.h fast/*.cuh mixers/*.h mixers/*.cuh tests/*.h \
 	data/*.h)
+# These say why there is no CUDA.
+SAY_WHY := $(if $(NVCC),,$(patsubst %,$(BUILD)/%.o,bench support/begin test_causality tests/test_kernels))
+$(SAY_WHY): $(BUILD)/why
 $(BUILD)/%.o: %.c $(HEADERS) $(BUILD)/flags
-	$(CC) $(ALL_CFLAGS) -c $< -o $@
+	$(CC) $(ALL_CFLAGS) $(if $(filter $@,$(SAY_WHY)),-DWITHOUT_CUDA='"$(WITHOUT)"') -c $< -o $@
 $(BUILD)/%.cu.o: %.cu $(HEADERS) $(BUILD)/flags
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 $(BUILD)/support/timing_cublas.o: support/timing.cu $(HEADERS) $(BUILD)/flags
@@ -142,7 +149,7 @@ $(BUILD)/tests/test_language.o: data/language.c
 train sample test_causality test_language test_units test_model test_run test_sample test_program \
 test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
-data/language: data/language.c $(HEADERS) $(MODEL)
+data/language: data/language.c $(HEADERS) $(MODEL) $(patsubst %,$(BUILD)/support/%.o,heat checkpoint output)
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)
 # In double, for finite differences.
 test_gradcheck: $(BUILD)/test_gradcheck_f64.o $(MODEL:.o=_f64.o) test_gradcheck_f32
@@ -182,16 +189,17 @@ data/tinyshakespeare.txt:
 
 # The loss curves of RUN (a folder), or with BENCH every table of ./bench --tsv > bench.tsv.
 RUN ?= out
+export RUN
 plot:
-	@$(if $(BENCH),support/plot.sh bench $(BENCH),support/plot.sh run $(RUN) \
-	$(if $(LINE),$(LINE) "$(LINE_TITLE)"))
+	@if [ -n "$$BENCH" ]; then support/plot.sh bench "$$BENCH"; \
+	else support/plot.sh run "$$RUN" "$$LINE" "$$LINE_TITLE"; fi
 
 doctor:
 	@echo "compiler   $(CC): $$($(CC) --version | head -1)"
 	@echo "flags      $(ALL_CFLAGS)"
 	@echo "OpenMP     $(if $(filter-out -fopenmp-simd,$(OPENMP)),$(OPENMP),none: one thread)"
 	@echo "nvcc       $(if $(NVCC),$(NVCC): $$($(NVCC) --version | grep release),$(if \
-	$(BROKEN_NVCC),$(WITHOUT),none: install the CUDA toolkit for the GPU$(COMMA) or go on without))"
+	$(BROKEN_NVCC),$(WITHOUT),none: $(WITHOUT)$(COMMA) or go on without))"
 	@echo "driver     $$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | \
 	head -1 | grep -E '^[0-9.]+$$' || echo 'none found')"
 	@echo "GPU        $(if $(CAPABILITY),$$(nvidia-smi --query-gpu=name --format=csv,noheader | \
@@ -200,7 +208,7 @@ doctor:
 
 # ---- Tests ----
 
-test: $(TESTS) train sample data/language
+test: $(TESTS) $(PROGRAMS)
 	tests/run.sh
 
 # The same tests in a copy, so that the programs here stay as they are: with sanitizers, or as

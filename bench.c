@@ -74,7 +74,7 @@ static void row(const char *format, ...) {
         printf(opt.tsv ? "%s" : cell == line ? "%-30s" : "%14s", cell);
     }
     printf("\n");
-    fflush(stdout);
+    flush_stdout(&cli);
 }
 
 // A rate as a cell; a dash where there are no operations to count.
@@ -529,5 +529,6 @@ int main(int argc, char **argv) {
             printed++;
         }
     if (!printed) usage_error(&cli, "--only %s names no table%s", opt.only, "");
+    flush_stdout(&cli);
     return 0;
 }

@@ -20,11 +20,11 @@
 #include "support/stream.h"
 
 typedef struct {
-    const char *prompt, *prompt_file, *stop, *score, *html, *latents;
+    const char *prompt, *prompt_file, *stop, *score, *heat, *latents;
     int64_t bytes, top_k, streams, threads;
     double temperature, top_p;
     uint64_t seed;
-    bool heat, compress, decompress, info, force;
+    bool compress, decompress, info, force;
 } Options;
 
 static Options opt = {.bytes = 400, .streams = 1, .temperature = 0.8, .top_p = 1, .seed = 1};
@@ -52,10 +52,8 @@ static Option table[] = {
     {.kind = OPT_SECTION, .help = "measure a file (- is standard input)"},
     {.name = "score", .kind = OPT_TEXT, .value = &opt.score, .arg = "FILE",
      .help = "nats and bits per byte, perplexity"},
-    {.name = "heat", .kind = OPT_FLAG, .value = &opt.heat,
-     .help = "with --score: every byte by its surprise, in colour or as TSV"},
-    {.name = "html", .kind = OPT_TEXT, .value = &opt.html, .arg = "OUT.html",
-     .help = "with --score: the same as a page for a browser"},
+    {.name = "heat", .kind = OPT_PAGE, .value = &opt.heat, .arg = "[OUT.html]",
+     .help = "with --score: every byte by its surprise, in colour, as TSV or a page"},
     {.name = "latents", .kind = OPT_TEXT, .value = &opt.latents, .arg = "OUT.npy FILE",
      .help = "write z of every byte, float32 (bytes, D)"},
     {.kind = OPT_SECTION, .help = "compress a file with the model as the statistics"},
@@ -239,6 +237,10 @@ static void generate(const char *model) {
     int S = (int)opt.streams, ids[MAX_STREAMS];
     static real logits[MAX_STREAMS * V];
     static Text texts[MAX_STREAMS];
+    char what[96];
+    snprintf(what, sizeof what, "keeping %d text%s of %zu bytes until the first is printed", S - 1,
+             S > 2 ? "s" : "", room);
+    if (memory_for((double)(S - 1) * (double)room, what, &e)) stop(&e);
     open_model(&s, model, S);
     read_prompt(&prompt, &n_prompt);
     uint8_t *space = S > 1 ? malloc((size_t)(S - 1) * room) : NULL;
@@ -396,9 +398,13 @@ static uint64_t scan(Stream *s, const char *path, bool latents, Visit visit, voi
 
 // ---- Score a file -------------------------------------------------------------------------------
 
+// Of --heat, where it has one.
+static const char *page_name(void) { return opt.heat && *opt.heat ? opt.heat : NULL; }
+
 typedef struct {
     double nats;
-    bool colour;  // of --heat
+    bool table, colour;  // --heat without a page: TSV, or in colour on a terminal
+    uint8_t before;      // the byte before
     HeatPage page;
 } Score;
 
@@ -406,11 +412,12 @@ static void show(Score *score, uint64_t offset, uint8_t byte, double nats) {
     double bits = nats / log(2);
     char row[64], text[HEAT_TEXT];
     score->nats += nats;
-    if (opt.html) heat_page_byte(&score->page, byte, bits);
-    if (opt.heat && score->colour) put(text, (size_t)heat_terminal(text, byte, bits));
-    if (opt.heat && !score->colour)
+    if (page_name()) heat_page_byte(&score->page, byte, bits);
+    if (score->colour) put(text, (size_t)heat_terminal(text, byte, score->before, bits));
+    if (score->table)
         put(row, (size_t)snprintf(row, sizeof row, "%llu\t%d\t%.4f\n", (unsigned long long)offset,
                                   byte, bits));
+    score->before = byte;
 }
 
 // Stops rather now than after hours.
@@ -431,24 +438,29 @@ static void visit_score(void *arg, const Part *part) {
 static void score_file(const char *model) {
     Stream s;
     Error e;
-    Score score = {.colour = isatty(1) && !getenv("NO_COLOR")};
+    Score score = {0};
+    const char *page = page_name();
     static const char head[] = "offset\tbyte\tbits\n";
     bool standard = strcmp(opt.score, "-") == 0;
+    if (opt.heat && !page) {
+        score.colour = isatty(1) && !getenv("NO_COLOR");
+        score.table = !score.colour;
+    }
     open_model(&s, model, 0);
-    if (opt.html && output_open(&output, opt.html, opt.force, &e)) stop(&e);
-    if (opt.html)
+    if (page && output_open(&output, page, opt.force, &e)) stop(&e);
+    if (page)
         heat_page_begin(&score.page, output.file, standard ? "standard input" : opt.score);
-    if (opt.heat && !score.colour) put(head, sizeof head - 1);
+    if (score.table) put(head, sizeof head - 1);
     uint64_t n = scan(&s, opt.score, false, visit_score, &score);
     if (n == 0) stop((fail(&e, "%.200s is empty: there is nothing to score", opt.score), &e));
-    if (opt.heat && score.colour) put("\033[0m\n", 5);
+    if (score.colour) put("\033[0m\n", 5);
     flush();
     double nats = score.nats / (double)n;
-    if (opt.html && heat_page_end(&score.page, nats, n))
+    if (page && heat_page_end(&score.page, nats, n))
         stop((output_failed(&output, errno, &e), &e));
-    if (opt.html && output_commit(&output, &e)) stop(&e);
-    // Standard output holds one thing: what was asked for by --heat or --html -, or the score.
-    fprintf(opt.heat || (opt.html && output_is_standard(opt.html)) ? stderr : stdout,
+    if (page && output_commit(&output, &e)) stop(&e);
+    // Standard output holds one thing: what was asked for by --heat, or the score.
+    fprintf(score.table || score.colour || (page && output_is_standard(page)) ? stderr : stdout,
             "%.6f nats/byte  %.6f bits/byte  perplexity %.4f  %llu bytes\n", nats, nats / log(2),
             exp(nats), (unsigned long long)n);
     flush();
@@ -496,8 +508,8 @@ static void write_latents(const char *model, const char *in) {
     if (fseek(output.file, 0, SEEK_SET)) stop((output_failed(&output, errno, &e), &e));
     write_npy_header(output.file, n, s.table.config.latent);
     if (output_commit(&output, &e)) stop(&e);
-    fprintf(stderr, "%s: (%llu, %d) float32\n", opt.latents, (unsigned long long)n,
-            s.table.config.latent);
+    put_clean(stderr, opt.latents);
+    fprintf(stderr, ": (%llu, %d) float32\n", (unsigned long long)n, s.table.config.latent);
     stream_free(&s);
 }
 
@@ -622,11 +634,13 @@ static void decompress(const char *model, const char *in, const char *out) {
 
 // ---- The program --------------------------------------------------------------------------------
 
-// Text from a file as one line that cannot drive the terminal.
-static void print_clean(const char *text, int width) {
-    int n = 0;
-    for (; text[n]; n++) putchar((unsigned char)text[n] < ' ' || text[n] == 127 ? '?' : text[n]);
-    printf("%*s", n < width ? width - n : 0, "");
+static void print_state(const Checkpoint *ck) {
+    const char *step = checkpoint_get(ck, "step"), *best = checkpoint_get(ck, "best"),
+               *best_step = checkpoint_get(ck, "best_step");
+    printf("the state of a run, for ./train --resume; its model is model.safetensors\n");
+    if (!step || !best || !best_step) return;
+    printf("step %lld, best %.6f nats per byte at step %lld\n", atoll(step), strtod(best, NULL),
+           atoll(best_step));
 }
 
 // What the file says of the model, and everything that was noted when it was saved.
@@ -638,6 +652,7 @@ static void print_info(const char *model) {
     if (checkpoint_open(&ck, model, &e) ||
         stream_memory(&ck.config, 1, &weights, &state, &e))
         stop(&e);
+    if (ck.is_state) print_state(&ck);
     print_layers(stdout, &ck.table);
     printf("%zu parameters, receptive field %lld bytes\n%.2f MB of memory to sample: %.2f for "
            "weights, %.2f for what the units keep of the past\n", ck.n_params,
@@ -645,16 +660,21 @@ static void print_info(const char *model) {
            state / 1e6);
     for (int i = 0; i < ck.n_pairs; i++) {
         if (checkpoint_own_key(ck.pairs[i].key)) continue;
-        print_clean(ck.pairs[i].key, 24);
-        printf(" ");
-        print_clean(ck.pairs[i].value, 0);
+        int n = put_clean(stdout, ck.pairs[i].key);
+        printf("%*s ", n < 24 ? 24 - n : 0, "");
+        put_clean(stdout, ck.pairs[i].value);
         printf("\n");
     }
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 3 && !ck.is_state; i++)
         if (!checkpoint_get(&ck, expected[i]))
             printf("%-24s (the file does not say)\n", expected[i]);
     flush();
     checkpoint_close(&ck);
+}
+
+static const char *mode_name(void) {
+    return opt.score ? "score" : opt.latents ? "latents" : opt.compress ? "compress"
+           : opt.decompress ? "decompress" : "info";
 }
 
 static void check_usage(void) {
@@ -664,14 +684,18 @@ static void check_usage(void) {
     if (modes > 1)
         usage_error(&cli, "choose one of --score, --latents, --compress, --decompress, --info%s%s",
                     "", "");
+    // The first section of the table is for writing text.
+    for (int i = 1; modes && table[i].kind != OPT_SECTION; i++)
+        if (table[i].given)
+            usage_error(&cli, "--%s is for writing text, which --%s does not do", table[i].name,
+                        mode_name());
     if (cli.n_files == 0) usage_error(&cli, "no model file%s%s", "", "");
     if (cli.n_files < expected)
         usage_error(&cli, "%s needs %s", opt.latents ? "--latents" : "(de)compressing",
                     opt.latents ? "OUT.npy FILE" : "IN OUT");
     if (cli.n_files > expected)
         usage_error(&cli, "one argument too many: %s%s", cli.files[expected], "");
-    if ((opt.heat || opt.html) && !opt.score)
-        usage_error(&cli, "%s goes with --score FILE%s", opt.heat ? "--heat" : "--html", "");
+    if (opt.heat && !opt.score) usage_error(&cli, "--heat goes with --score FILE%s%s", "", "");
     if (opt.prompt && opt.prompt_file)
         usage_error(&cli, "choose one of --prompt and --prompt-file%s%s", "", "");
     if (opt.streams > 1 && opt.bytes == 0)
@@ -693,7 +717,7 @@ static const char *model_in(const char *path) {
 static void check_outputs(const char *model) {
     const char *in = opt.score ? opt.score : cli.files[1];
     const char *outs[] = {opt.latents ? opt.latents : opt.compress || opt.decompress ? cli.files[2]
-                          : opt.html, opt.heat ? "-" : NULL};
+                          : page_name(), opt.heat && !*opt.heat ? "-" : NULL};
     Error e;
     for (int i = 0; i < 2; i++)
         if (outs[i] && (output_differs(outs[i], in, &e) || output_differs(outs[i], model, &e)))
@@ -707,8 +731,9 @@ int main(int argc, char **argv) {
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
+    static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
+    for (int i = 0; i < 3; i++)  // but not where it is ignored, as nohup does
+        if (signal(ends[i], SIG_IGN) != SIG_IGN) signal(ends[i], on_signal);
     const char *model = model_in(cli.files[0]);
     check_outputs(model);
     if (opt.info)

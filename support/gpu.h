@@ -102,9 +102,12 @@ int kernel_check(const Kernel *k, ConvShape s, int variant, bool exact, uint64_t
 double kernel_seconds(const Kernel *k, ConvShape s, double *flops, double *bytes);
 
 #else
+#ifndef WITHOUT_CUDA  // why: the Makefile knows
+#define WITHOUT_CUDA "make with nvcc on PATH"
+#endif
 static inline int gpu_open(GpuInfo *info, Error *e) {
     (void)info;
-    return fail(e, "built without CUDA (no nvcc was found): install the CUDA toolkit, then make");
+    return fail(e, "built without CUDA: %.400s", WITHOUT_CUDA);
 }
 static inline const Backend *gpu_backend(const char *name, Error *e) {
     (void)name;

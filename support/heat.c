@@ -10,16 +10,19 @@ enum { STEPS = 9 };  // of colour: 0, 1 .. 7 bits per byte, and from 8 on
 
 static int step_of(double bits) { return bits > 8 ? 8 : bits >= 0 ? (int)bits : 0; }
 
-int heat_terminal(char text[HEAT_TEXT], uint8_t byte, double bits) {
+int heat_terminal(char text[HEAT_TEXT], uint8_t byte, uint8_t before, double bits) {
     static const int colours[STEPS] = {15, 230, 229, 228, 221, 214, 208, 202, 196};
     bool inside = (byte & 0xC0) == 0x80, line = byte == '\n';
     int n = inside ? 0 : snprintf(text, HEAT_TEXT, "\033[38;5;%dm", colours[step_of(bits)]);
-    text[n++] = (byte < ' ' && !line) || byte == 127 ? '?' : (char)byte;
+    // 0x80 to 0x9F are controls by themselves, in some terminals, and after 0xC2.
+    bool control = byte < 0x80 ? (byte < ' ' && !line) || byte == 127
+                               : byte < 0xA0 && (before < 0x80 || before == 0xC2);
+    text[n++] = control ? '?' : (char)byte;
     if (line) n += snprintf(text + n, HEAT_TEXT - (size_t)n, "\033[0m");
     return n;
 }
 
-// ---- Characters as HTML -------------------------------------------------------------------------
+// ---- Characters ---------------------------------------------------------------------------------
 
 // The code point of a character of n bytes.
 static unsigned code_point(const uint8_t *p, int n) {
@@ -35,6 +38,17 @@ static bool hidden(unsigned c) {
            (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
            (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xFFF9 && c <= 0xFFFB) ||
            (c & 0xFFFE) == 0xFFFE || (c >= 0xFDD0 && c <= 0xFDEF) || (c >> 8) == 0xE00;
+}
+
+int put_clean(FILE *f, const char *text) {
+    const uint8_t *p = (const uint8_t *)text, *end = p + strlen(text);
+    int written = 0;
+    for (int n; p < end; p += n ? n : 1) {
+        n = utf8_length(p, end);
+        bool shown = n && !hidden(code_point(p, n));
+        written += (int)fwrite(shown ? (const char *)p : "?", 1, shown ? (size_t)n : 1, f);
+    }
+    return written;
 }
 
 // One character of n bytes, or with n = 0 the byte p[0] that belongs to none. `marked`: as part of

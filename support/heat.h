@@ -14,10 +14,14 @@
 extern "C" {
 #endif
 
+// Writes text, e.g. a name, so that it cannot drive a terminal: as "?" whatever is a control, has no
+// shape of its own or is not UTF-8. Returns the number of bytes written.
+int put_clean(FILE *f, const char *text);
+
 // Writes a byte for a terminal, coloured from white over yellow to red, and returns how many bytes
-// that took. Characters stay whole; a control byte is shown as '?'.
+// that took. Characters stay whole; a control is shown as '?'. before: the byte before it, or 0.
 enum { HEAT_TEXT = 40 };
-int heat_terminal(char text[HEAT_TEXT], uint8_t byte, double bits);
+int heat_terminal(char text[HEAT_TEXT], uint8_t byte, uint8_t before, double bits);
 
 typedef struct {
     FILE *file;        // to be written and sought

@@ -18,6 +18,7 @@
 
 #include "model.h"
 #include "support/gpu.h"
+#include "support/heat.h"
 
 typedef enum {
     OPT_SECTION,  // a heading in --help; nothing to parse
@@ -26,6 +27,7 @@ typedef enum {
     OPT_SEED,     // uint64_t, all of it
     OPT_REAL,     // double within [min, max]
     OPT_TEXT,     // const char *
+    OPT_PAGE,     // const char *: "" without a value. The next argument is one if it ends in .html
     OPT_CHOICE,   // int: an index into choices
 } OptionKind;
 
@@ -64,15 +66,19 @@ typedef struct {
 
 // Wrong usage: one line, status 2.
 static inline void usage_error(const Cli *cli, const char *format, const char *a, const char *b) {
+    char line[2 * ERROR_LEN];
+    snprintf(line, sizeof line, format, a, b);
     fprintf(stderr, "%s: ", cli->program);
-    fprintf(stderr, format, a, b);
+    put_clean(stderr, line);
     fprintf(stderr, "; see %s --help\n", cli->program);
     exit(2);
 }
 
 // Anything else that ends a program: one line, status 1.
 static inline void die(const Cli *cli, const Error *e) {
-    fprintf(stderr, "%s: %s\n", cli->program, e->text);
+    fprintf(stderr, "%s: ", cli->program);
+    put_clean(stderr, e->text);  // it may hold the name of a file
+    fprintf(stderr, "\n");
     exit(1);
 }
 
@@ -102,8 +108,14 @@ static inline const char *option_text(const Option *o, char *buffer, size_t size
         case OPT_SEED:
             snprintf(buffer, size, "%llu", (unsigned long long)*(uint64_t *)o->value);
             break;
-        case OPT_REAL: snprintf(buffer, size, "%.9g", *(double *)o->value); break;
+        case OPT_REAL:  // the fewest digits, 15 to 17, that are read back as the same number
+            for (int digits = 15; digits < 18; digits++) {
+                snprintf(buffer, size, "%.*g", digits, *(double *)o->value);
+                if (strtod(buffer, NULL) == *(double *)o->value) break;
+            }
+            break;
         case OPT_TEXT:
+        case OPT_PAGE:
             if (*(const char **)o->value) snprintf(buffer, size, "%s", *(const char **)o->value);
             break;
         case OPT_CHOICE: snprintf(buffer, size, "%s", o->choices[*(int *)o->value]); break;
@@ -157,6 +169,7 @@ static inline double parse_number(const Cli *cli, const Option *o, const char *t
     errno = 0;
     double x = fraction ? strtod(text, &end) : (double)strtoll(text, &end, 10);
     bool lead = isspace((unsigned char)*text) || *text == '+';
+    if (fraction) errno = 0;  // too large is HUGE_VAL, beyond max; too small means 0
     if (lead || end == text || errno || *end || !(x >= o->min && x <= o->max)) {
         snprintf(expected, sizeof expected, "'%.60s', expected %s from %.15g to %.15g", text,
                  fraction ? "a number" : "a whole number", o->min, o->max);
@@ -182,7 +195,8 @@ static inline void parse_value(const Cli *cli, Option *o, const char *text) {
                             text);
             break;
         case OPT_REAL: *(double *)o->value = parse_number(cli, o, text); break;
-        case OPT_TEXT: *(const char **)o->value = text; break;
+        case OPT_TEXT:
+        case OPT_PAGE: *(const char **)o->value = text; break;
         case OPT_CHOICE: {
             char list[160] = "";
             for (int j = 0; o->choices[j]; j++) {
@@ -247,6 +261,11 @@ static inline void unknown_option(const Cli *cli, const char *arg, const char *n
     usage_error(cli, "unknown option %s%s", arg, hint);
 }
 
+static inline bool is_page(const char *name) {
+    size_t n = strlen(name);
+    return n > 5 && strcmp(name + n - 5, ".html") == 0;
+}
+
 // --name VALUE and --name=VALUE, --flag and --no-flag; `--` ends the options; a lone `-` is a file
 // (standard input).
 static inline void parse_options(Cli *cli, int argc, char **argv) {
@@ -280,6 +299,8 @@ static inline void parse_options(Cli *cli, int argc, char **argv) {
             *(bool *)o->value = on;
         } else if (equals) {
             parse_value(cli, o, equals + 1);
+        } else if (o->kind == OPT_PAGE) {
+            parse_value(cli, o, i + 1 < argc && is_page(argv[i + 1]) ? argv[++i] : "");
         } else if (i + 1 < argc) {
             parse_value(cli, o, argv[++i]);
         } else {
@@ -290,6 +311,15 @@ static inline void parse_options(Cli *cli, int argc, char **argv) {
 
 // ---- Files and time
 
+// -1 where that much memory is not free. Linux grants memory that it does not have and kills the
+// program later: so this comes before malloc.
+static inline int memory_for(double bytes, const char *what, Error *e) {
+    double there = (double)cpu_backend.available();
+    if (bytes <= there) return 0;
+    return fail(e, "%.200s needs %.3g GB more memory, and %.3g GB are free", what, bytes / 1e9,
+                there / 1e9);
+}
+
 // A whole file ("-": standard input) into *bytes, malloc'd, with its length. An empty file is 0
 // bytes and no error.
 static inline int read_whole(const char *path, uint8_t **bytes, size_t *n, Error *e) {
@@ -297,15 +327,17 @@ static inline int read_whole(const char *path, uint8_t **bytes, size_t *n, Error
     const char *name = standard ? "standard input" : path;
     *bytes = NULL;
     *n = 0;
-    struct stat st;
+    struct stat st = {0};
     if (!standard && stat(path, &st) == 0 && S_ISDIR(st.st_mode))
         return fail(e, "%s is a directory, expected a file", path);
     FILE *f = standard ? stdin : fopen(path, "rb");
     if (!f) return fail(e, "cannot read %s: %s", path, strerror(errno));
-    size_t room = 0;
+    // + 1: the end of a file of known size is seen without doubling.
+    size_t room = 0, first = S_ISREG(st.st_mode) ? (size_t)st.st_size + 1 : 1 << 16;
     for (;;) {
         if (*n == room) {
-            room = room ? room * 2 : 1 << 16;
+            room = room ? room * 2 : first;
+            if (memory_for((double)(room - *n), name, e)) break;
             uint8_t *more = realloc(*bytes, room);
             if (!more) {
                 fail(e, "%s does not fit into memory (%zu bytes read so far)", name, *n);

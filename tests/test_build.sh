@@ -26,6 +26,7 @@ finds() {
 }
 all='for i in 75 80 86 89 90 100 120; do echo compute_$i; done'
 finds 'no nvcc: CPU only' 'builds     CPU only' gencode
+finds 'told so: CPU only, and why' 'make was told NVCC=: make again without it' gencode NVCC=
 stub nvcc "case \$1 in --list-gpu-arch) $all;; --version) echo release 13.0;; esac"
 finds 'no nvidia-smi: code for the common GPUs and PTX for newer' 'sm_75.*sm_80.*sm_90a.*code=compute_80' sm_120
 finds 'ARCH overrides' 'arch=compute_86,code=sm_86' sm_75 ARCH=86
@@ -49,6 +50,19 @@ finds 'an nvcc that does not compile: for the CPU, with the reason' 'builds     
 finds 'and what to do' 'does not compile (sh: 1: cicc: not found): install' 'go on without'
 stub nvcc 'case "$*" in *probe.cu*) echo "error: #error -- unsupported GNU version!" >&2; exit 1;; esac'
 finds 'a host compiler that nvcc does not know' 'error -- unsupported GNU version' gencode
+if PATH=$bin MAKEFLAGS= make -n build/cpu/bench.o CUDA_HOME=/nowhere 2>&1 |
+    grep -q "WITHOUT_CUDA='\".*does not compile (error: #error -- unsupported GNU version!)"; then
+    passed=$((passed + 1)); echo "ok   which ./bench and ./train say, too"
+else
+    failed=$((failed + 1)); echo "FAIL the reason does not reach the compiler"
+fi
+stub gcc 'echo gcc 1'
+stub nvcc 'case "$*" in *probe.cu*) gcc --version | grep -q 1 || { echo "error: this gcc is too new"; exit 1; };;
+--list*) echo compute_80;; esac'
+finds 'what compiled once is not tried again' 'CUDA: -gencode.*sm_80' 'CPU only'
+stub gcc 'echo gcc 2'
+finds 'but with another host compiler it is' 'this gcc is too new' 'gencode'
+rm "$bin/gcc" && ln -s "$(command -v gcc)" "$bin/gcc"
 mkdir "$bin/toolkit" && stub toolkit/nvcc 'case "$*" in
 *probe.cu*) case $0 in */toolkit/nvcc) ;; *) echo "cicc: not found"; exit 1;; esac;; --list*) echo compute_80;; esac'
 rm "$bin/nvcc" && ln -s toolkit/nvcc "$bin/nvcc"
@@ -85,6 +99,54 @@ else
     failed=$((failed + 1)); echo "FAIL the download:"; echo "$out"; ls "$bin/data"
 fi
 
+# ---- Pictures: only beside the table, whole or not at all ----
+
+printf '#!/bin/sh\necho "$*" >>"$BIN/code"; pwd >>"$BIN/pwd"; [ -z "$BREAK" ] && echo new >picture\n' \
+    >"$bin/tools/gnuplot"
+chmod +x "$bin/tools/gnuplot"
+plot=$PWD/support/plot.sh
+# name, status, shell command that must hold afterwards, arguments; in a folder of its own
+plots() {
+    name=$1 want=$2 then=$3; shift 3
+    (cd "$bin/plots" && BIN=$bin PATH=$bin/tools:$PATH "$plot" "$@") >"$bin/said" 2>&1; got=$?
+    if [ $got = "$want" ] && (cd "$bin/plots" && eval "$then") && [ ! -e "$bin/plots/.plot"* ] &&
+        [ ! -e "$bin/plots/r/.plot"* ]; then
+        passed=$((passed + 1)); echo "ok   plot: $name"
+    else
+        failed=$((failed + 1)); echo "FAIL plot: $name: status $got:"; cat "$bin/said"
+        ls -laR "$bin/plots"
+    fi
+}
+mkdir "$bin/plots" "$bin/plots/r" "$bin/plots/it's" "$bin/plots/r.d"
+echo log | tee "$bin/plots/r/log.tsv" >"$bin/plots/it's/log.tsv"
+printf '# step\tx\n1\t2\n' | tee "$bin/plots/table" "$bin/plots/-t" "$bin/plots/r.d/b" >"$bin/plots/b.tsv"
+plots 'the loss' 0 'grep -q new r/loss.png' run r 1.5 "it's"
+plots 'is made beside the picture' 0 "grep -q /plots/r/.plot '$bin/pwd'" run r
+plots 'a name with a quote is none of its code' 0 \
+    "grep -q new it*/loss.png && ! grep -q \"it's/\" '$bin/code' && grep -q \"1.5 it''s'\" '$bin/code'" run "it's"
+plots 'a level that is code' 1 'grep -q "expected a number" "$bin/said"' run r "1; system('x')"
+echo old >"$bin/plots/r/loss.png"
+BREAK=1; export BREAK
+plots 'gnuplot fails: status 1, and the old picture stays' 1 'grep -q old r/loss.png' run r
+plots 'of a table, too' 1 '[ ! -e table-step.png ]' bench table
+unset BREAK
+rm "$bin/plots/r/loss.png"; ln -s ../kept "$bin/plots/r/loss.png"; echo old >"$bin/plots/kept"
+plots 'a link stays, its file is new' 0 '[ -L r/loss.png ] && grep -q new kept' run r
+rm "$bin/plots/r/loss.png"; mkfifo "$bin/plots/r/loss.png"
+plots 'a pipe stays' 1 '[ -p r/loss.png ] && grep -q "not a file" "$bin/said"' run r
+plots 'a table' 0 'grep -q new b-step.png' bench b.tsv
+plots 'a name with ./' 0 'grep -q new table-step.png' bench ./table
+plots 'a name with -' 0 'grep -q new ./-t-step.png' bench -t
+plots 'a folder with a dot' 0 'grep -q new r.d/b-step.png && [ ! -e r-step.png ]' bench r.d/b
+plots 'no table' 1 'grep -q "holds no table" "$bin/said"' bench kept
+rm "$bin/plots/it's/loss.png"
+if out=$(BIN=$bin PATH=$bin/tools:$PATH MAKEFLAGS= make --no-print-directory NVCC= plot \
+    RUN="$bin/plots/it's" 2>&1) && [ -f "$bin/plots/it's/loss.png" ]; then
+    passed=$((passed + 1)); echo "ok   make plot of a folder with a quote"
+else
+    failed=$((failed + 1)); echo "FAIL make plot:"; echo "$out"
+fi
+
 # ---- Wrong usage that depends on the build, and a full disk ----
 
 says_one() { # status, words, arguments
@@ -102,6 +164,19 @@ says_one 2 'did you mean --channels?' --chanels 3
 says_one 1 'standard output: No space left' --help
 says_one 1 'cannot write to standard output' --device cpu --steps 1 --batch 1 --seq 64 --channels 4 \
     --units conv
+for wrong in '--seed " -3x"' '--seed +3' '--seed 3x' '--shape 1,2,3,4,5,6x' '--shape " 1,2,3,4,5,6"'; do
+    if eval "./test_kernels $wrong" 2>&1 | grep -q '^usage: test_kernels'; then
+        passed=$((passed + 1)); echo "ok   test_kernels $wrong is refused"
+    else
+        failed=$((failed + 1)); echo "FAIL test_kernels takes $wrong"
+    fi
+done
+out=$(./bench --device cpu --only stream --seconds 0.01 --tsv 2>&1 >/dev/full); got=$?
+if [ $got = 1 ] && echo "$out" | grep -q 'bench: cannot write to standard output: No space'; then
+    passed=$((passed + 1)); echo "ok   bench says that it cannot write"
+else
+    failed=$((failed + 1)); echo "FAIL bench on a full disk: status $got, $out"
+fi
 rm -rf "$bin/out"
 
 # ---- Drivers and GPUs that will not do: one line each, before anything is read or written ----
@@ -127,6 +202,12 @@ says() {
 }
 : >"$bin/libcuda.so.1" # a file that no program can load
 if LD_LIBRARY_PATH=$bin ./train --device cuda --out "$bin/out" 2>&1 | grep -q 'without CUDA'; then
+    if ./train --device cuda --out "$bin/out" 2>&1 | grep -q -e 'CUDA: make was told NVCC=' \
+        -e 'CUDA: no nvcc was found' -e 'CUDA: .* does not compile'; then
+        passed=$((passed + 1)); echo "ok   the reason why there is no CUDA"
+    else
+        failed=$((failed + 1)); echo "FAIL no reason why there is no CUDA"
+    fi
     skipped=5; echo "skip 5 messages about drivers and GPUs: this build is without CUDA"
 else
     says 'no driver' 0 0 1 'no NVIDIA driver found.*--device cpu' --device cuda

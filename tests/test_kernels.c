@@ -571,6 +571,12 @@ static int usage(void) {
     return 2;
 }
 
+// Nothing but digits, and what else may be between them: strtoull and sscanf would skip blanks, and
+// take a sign or what follows.
+static bool made_of(const char *text, const char *characters) {
+    return *text && strspn(text, characters) == strlen(text);
+}
+
 int main(int argc, char **argv) {
     Options o = {.check = true, .seed = 20240601, .shape = {32, 1024, 256, 256, 3, 4}};
     for (int i = 1; i < argc; i++) {
@@ -583,9 +589,11 @@ int main(int argc, char **argv) {
             o.time = true, o.check = false;
         else if (strcmp(argv[i], "--kernel") == 0 && i + 1 < argc)
             o.kernel = argv[++i];
-        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc)
+        else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc &&
+                 made_of(argv[i + 1], "0123456789"))
             o.seed = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--shape") == 0 && i + 1 < argc &&
+                 made_of(argv[i + 1], "0123456789,") &&
                  sscanf(argv[++i], "%d,%d,%d,%d,%d,%d", &s->B, &s->T, &s->C, &s->O, &s->K,
                         &s->dil) == 6)
             continue;

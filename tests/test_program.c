@@ -5,6 +5,13 @@
 #include "support/stream.h"
 #include "tests/files.h"
 
+// read_whole on a machine with 100,000 bytes of free memory.
+static size_t little(void) { return 100000; }
+static const Backend small = {.available = little};
+#define cpu_backend small
+#include "support/options.h"
+#undef cpu_backend
+
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -72,7 +79,8 @@ static void make_files(void) {
     save_or_die(in_folder("ab.safetensors"), &other);
     const Role role = {"params", m.params};
     Error e;
-    if (checkpoint_save(in_folder("state.safetensors"), &m, &role, 1, NULL, 0, &e))
+    const Pair pairs[] = {{"step", "30"}, {"best", "0x1.8p+0"}, {"best_step", "20"}};
+    if (checkpoint_save(in_folder("state.safetensors"), &m, &role, 1, pairs, 3, &e))
         need(false, e.text);
     model_free(&m);
     model_free(&other);
@@ -140,6 +148,13 @@ static void test_generate(void) {
           "temperature 0 is the likeliest byte, and so is top-k 1");
     sample("m.safetensors --bytes 100 --temperature 7e-46");
     check(same_files("out", "first"), "and so is a temperature that no float holds");
+    check(sample("m.safetensors --bytes 100 --temperature 1e-310") == 0 &&
+              same_files("out", "first") &&
+              sample("m.safetensors --bytes 100 --temperature 1e-400") == 0 &&
+              same_files("out", "first"), "or no double");
+    check(shell("$S --temperature 0.12345678901234567 --top-p 0.1 --help >out && grep -q "
+                "'byte \\[0.12345678901234566\\]$' out && grep -q 'together \\[0.1\\]$' out") == 0,
+          "numbers keep all their digits, and no more");
     char command[4096];
     snprintf(command, sizeof command,
              "cd %s && (%s m.safetensors --bytes 0 2>err; echo $? >status) | head -c 10 >out",
@@ -199,7 +214,7 @@ static void test_stop(void) {
 static void test_standard_output(void) {
     static const char *const modes[] = {
         "m.safetensors", "m.safetensors --streams 2", "m.safetensors --score text",
-        "m.safetensors --score text --heat", "m.safetensors --score text --html -",
+        "m.safetensors --score text --heat", "m.safetensors --score text --heat=-",
         "m.safetensors --latents - text", "m.safetensors --compress text -",
         "m.safetensors --decompress text.fz /dev/stdout", "m.safetensors --info", "--help"};
     char command[300];
@@ -251,7 +266,7 @@ static void test_outputs(void) {
     check_fails("m.safetensors --compress same sub/../same --force", 1, "same file");
     check_fails("m.safetensors --compress same hard --force", 1, "same file");
     check_fails("m.safetensors --latents soft same --force", 1, "same file");
-    check_fails("m.safetensors --score soft --html same --force", 1, "same file");
+    check_fails("m.safetensors --score soft --heat=same --force", 1, "same file");
     check_fails("m.safetensors --compress text m.safetensors --force", 1, "m.safetensors is the");
     check(shell("$S m.safetensors --score same --heat >>same 2>err") == 1 &&
               same_files("same", "text"), "an output that is the input is refused, and both stay");
@@ -276,12 +291,20 @@ static void test_outputs(void) {
                   !S_ISREG(st.st_mode),
               "%s stays what it is, and --force is not offered", names[i]);
     }
-    check(shell("exec 2>/dev/null; sleep 20 >pipe & k=$!;"
-                "$S m.safetensors --latents big - <pipe 2>err & p=$!;"
-                "while kill -0 $p && ! ls big.* >/dev/null; do sleep 0.01; done;"
-                "kill $p; wait $p; s=$?;"
-                "kill $k; exit $s") == 128 + SIGTERM && entries("big") == 0,
-          "a signal ends it and leaves nothing behind");
+    static const char *const signals[] = {"TERM", "HUP", "HUP"};
+    static const int want[] = {128 + SIGTERM, 128 + SIGHUP, 0};
+    for (int i = 0; i < 3; i++) {  // (a shell ignores SIGINT for what runs beside it)
+        char command[600];
+        snprintf(command, sizeof command,
+                 "exec 2>/dev/null; sleep %d >pipe & k=$!; %s;"
+                 "$S m.safetensors --latents big - <pipe 2>err & p=$!;"
+                 "while kill -0 $p && ! ls big.* >/dev/null; do sleep 0.01; done;"
+                 "kill -%s $p; wait $p; s=$?; kill $k; exit $s",
+                 i < 2 ? 20 : 1, i < 2 ? ":" : "trap '' HUP", signals[i]);
+        int status = shell(command);
+        check(status == want[i] && entries("big") == (i == 2), "SIG%s %s", signals[i],
+              i < 2 ? "ends it and leaves nothing behind" : "under nohup does not end it");
+    }
 }
 
 // Models that reach further than memory does.
@@ -310,6 +333,17 @@ static void test_memory(void) {
     check(status == 1 && shell("grep -q 'windows of .* GB' err") == 0,
           "windows beyond the memory are refused");
 #endif
+    check_fails("m.safetensors --bytes 1000000000000000 --streams 3", 1,
+                "2 texts of 1000000000000000 bytes until the first is printed needs 2e+06");
+    uint8_t *bytes;
+    size_t n;
+    Error e;
+    check(read_whole(in_folder("long"), &bytes, &n, &e) && strstr(e.text, "long needs 0.00011 GB"),
+          "a file beyond the memory is refused: %s", e.text);
+    check(read_whole("/dev/zero", &bytes, &n, &e) && strstr(e.text, "zero needs 0.000131 GB more"),
+          "and so is one without an end");
+    check(read_whole(in_folder("text"), &bytes, &n, &e) == 0 && n == 2000, "but no smaller one");
+    free(bytes);
     shell("rm vast.safetensors far.safetensors");
 }
 
@@ -323,19 +357,27 @@ static void test_page(void) {
         "&lt;ugly&gt;&amp;:", "27 bytes</p>"};
     size_t n, k;
     write_bytes(in_folder("<ugly>&"), ugly, sizeof ugly - 1);
-    check(sample("m.safetensors --score '<ugly>&' --html page.html") == 0 && file_size("out") > 0,
-          "--html writes a page, and the score to standard output");
+    check(sample("m.safetensors --score '<ugly>&' --heat page.html") == 0 && file_size("out") > 0,
+          "--heat PAGE.html writes a page, and the score to standard output");
     char *page = (char *)read_file(in_folder("page.html"), &n), line[100], *p;
     for (int i = 0; i < 17; i++) check(strstr(page, shown[i]), "the page shows %s", shown[i]);
     check(!strstr(page, "<script") && !strstr(page, "http") && !strstr(page, "src=") &&
               !strstr(page, "href") && strlen(page) == n, "and refers to nothing outside");
     free(page);
-    check_fails("m.safetensors --score text --html page.html", 1, "--force");
     static const char accents[] = "\xC3\xA9t\xC3\xA9 \xE2\x82\xAC \xF0\x9F\x98\x80.xyz";
     write_bytes(in_folder("accents"), accents, 18);
+    check_fails("m.safetensors --score text --heat page.html", 1, "--force");
+    check(shell("$S m.safetensors --heat=page --score accents 2>err >out && "
+                "$S m.safetensors --heat p.html --score accents 2>err >o2 &&"
+                "cmp page p.html && cmp out o2 &&"
+                "$S m.safetensors --heat --score accents 2>err >h1 &&"
+                "$S m.safetensors --score accents --heat 2>err >h2 &&"
+                "$S --heat m.safetensors --score accents 2>err >h3 && cmp h1 h2 && cmp h1 h3 &&"
+                "head -1 h1 | grep -q bits") == 0,
+          "in any order; what follows --heat is its page only where it ends in .html");
     sample("m.safetensors --score accents --heat");
     char *table = (char *)read_file(in_folder("out"), &k);
-    sample("m.safetensors --score accents --html - --force");
+    sample("m.safetensors --score accents --heat=- --force");
     page = (char *)read_file(in_folder("out"), &n);
     double bits[18] = {0};
     p = table;
@@ -366,6 +408,28 @@ static void test_page(void) {
     free(score);
 }
 
+// Whether --heat shows these bytes so on a terminal, leaving its colours out.
+static bool shows(const char *bytes, const char *want) {
+    char text[HEAT_TEXT], got[64] = "";
+    uint8_t before = 0;
+    for (; *bytes; before = (uint8_t)*bytes++) {
+        int n = heat_terminal(text, (uint8_t)*bytes, before, 1);
+        text[n] = 0;
+        strcat(got, text[0] == '\033' ? strchr(text, 'm') + 1 : text);
+    }
+    return strcmp(got, want) == 0;
+}
+
+static void test_controls(void) {
+    check(shows("a\x1B\x7F\x9B.", "a???.") && shows("\xC2\x9B.", "\xC2?."),
+          "--heat shows no control, C1's included");
+    check(shows("\xC2\xA0\xC3\x9B \xE2\x82\x9B \xF0\x9F\x98\x80",
+                "\xC2\xA0\xC3\x9B \xE2\x82\x9B \xF0\x9F\x98\x80"), "and every character");
+    check_fails("m.safetensors --score '\xC2\x9B\x9B\xE2\x80\xAE\033\xC3\x9B'", 1,
+                "cannot read ????\xC3\x9B:");
+    check_fails("m.safetensors --\xC2\x9B", 2, "unknown option --?;");
+}
+
 static void test_info(void) {
     size_t n;
     check(sample("m.safetensors --info") == 0 && file_size("err") == 0, "--info");
@@ -375,13 +439,18 @@ static void test_info(void) {
     check(strstr(text, "receptive field 17 bytes") && strstr(text, "MB of memory to sample"),
           "its reach and memory");
     check(strstr(text, "\ntext                     a \"quoted\" \\ one,?with \xC3\xA9"),
-          "what was noted on saving, without control bytes");
+          "what was noted on saving, without controls");
     check(strstr(text, "held_out_nats_per_byte   (the file does not say)") &&
               !strstr(text, "softcap") && !strstr(text, "checksum"), "and what was not");
     free(text);
     check(shell("mkdir run; cp m.safetensors run/model.safetensors;"
                 "$S run --info | cmp - out") == 0,
           "a folder stands for the model in it");
+    check(sample("state.safetensors --info") == 0 &&
+              shell("grep -q '^the state of a run.*model.safetensors' out &&"
+                    "grep -q '^step 30, best 1.500000 nats per byte at step 20$' out &&"
+                    "! grep -q 'does not say' out") == 0,
+          "of a state: its step and its best");
 }
 
 // Nats per byte of a file by one full forward pass over all of it.
@@ -556,11 +625,23 @@ static void test_usage(void) {
     check_fails("m.safetensors --bytes ' 3'", 2, "--bytes");
     check_fails("m.safetensors --bytes '3 '", 2, "--bytes");
     check_fails("m.safetensors --temperature '\t1'", 2, "--temperature");
+    check_fails("m.safetensors --temperature 1e999", 2, "--temperature");
+    check_fails("m.safetensors --temperature -1e999", 2, "--temperature");
+    static const char *const others[] = {"--prompt a", "--prompt-file one", "--bytes 5",
+                                         "--stop x", "--seed 4", "--streams 2"},
+                      *const modes[] = {"--score text", "--info", "--compress text z9",
+                                        "--decompress text z9", "--latents z9 text"};
+    char arguments[200];
+    for (int i = 0; i < 30; i++) {
+        snprintf(arguments, sizeof arguments, "m.safetensors %s %s", others[i % 6], modes[i / 6]);
+        check_fails(arguments, 2, "is for writing text, which --");
+    }
     check_fails("m.safetensors --promt a", 2, "did you mean --prompt?");
     check_fails("m.safetensors --tempreature 1", 2, "did you mean --temperature?");
     check_fails("m.safetensors --fork", 2, "--fork; see");
     check_fails("m.safetensors --top-q 1", 2, "--top-q; see");
-    check_fails("m.safetensors --html page", 2, "--score");
+    check_fails("m.safetensors --heat page.html", 2, "--score");
+    check_fails("m.safetensors --html page.html --score text", 2, "unknown option --html");
     check_fails("m.safetensors --info --compress text z", 2, "choose one");
     check_fails("m.safetensors --streams 2 --bytes 0", 2, "--bytes");
     check_fails("m.safetensors --compress text", 2, "IN OUT");
@@ -593,6 +674,7 @@ int main(void) {
     test_latents();
     test_compress();
     test_info();
+    test_controls();
     test_standard_output();
     test_outputs();
     test_memory();
