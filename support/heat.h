@@ -14,8 +14,8 @@
 extern "C" {
 #endif
 
-// Writes text, e.g. a name, so that it cannot drive a terminal: as "?" whatever is a control, has no
-// shape of its own or is not UTF-8. Returns the number of bytes written.
+// Writes text, e.g. a name, so that it cannot drive a terminal: as "?" whatever is a control, has
+// no shape of its own or is not UTF-8. Returns the number of bytes written.
 int put_clean(FILE *f, const char *text);
 
 // Writes a byte for a terminal, coloured from white over yellow to red, and returns how many bytes

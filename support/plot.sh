@@ -39,8 +39,8 @@ draw() {
     rm -rf "$work"
 }
 
-# The loss: training as the mean of every n steps, at most 150 points. The first twentieth, where the
-# loss falls from 5.5, may lie above the picture.
+# The loss: training as the mean of every n steps, at most 150 points. The first twentieth, where
+# the loss falls from 5.5, may lie above the picture.
 plot_run() {
     level=
     [ -z "$3" ] || level=", $3 with lines dt 2 title '$3 $(printf %s "$4" | sed "s/'/''/g")'"
