@@ -289,8 +289,8 @@ int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, si
 // The same with the whole receptive field as context: neither figure depends on B and T.
 int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats,
                 ScoreStop stop, Error *e);
-// The same of about `part` of those bytes: in spans that fill a pass and lie evenly over them, or
-// all in one span. Adds to *nats and, a span at a time, to *scored.
+// The same of about `part` of those bytes, never byte 0: in spans that fill a pass and lie evenly
+// over them, or all in one span, with byte 0. Adds to *nats and, a span at a time, to *scored.
 int model_score_part(Model *m, const uint8_t *text, size_t n, size_t from, size_t part,
                      double *nats, size_t *scored, ScoreStop stop, Error *e);
 

@@ -90,6 +90,7 @@ static Option table[] = {
     NUMBER("val-frac", SAVED, &opt.val_frac, 0, 0.9, "X", "last part of each text, held out"),
     TEXT("val", SAVED, &opt.val, "FILE", "hold out this text instead"),
     INT("val-bytes", SAVED, &opt.val_bytes, 0, 1e15, "N", "before the end, 0 = by eval-every"),
+    INT("last-bytes", SAVED, &opt.last_bytes, 0, 1e15, "N", "at the end, 0 = all held-out bytes"),
     INT("eval-every", SAVED, &opt.eval_every, 1, 2e9, "N", "steps between evaluations"),
     INT("sample-bytes", NOT_SAVED, &opt.sample_bytes, 0, 1e6, "N", "length of a sample"),
     INT("sample-every", NOT_SAVED, &opt.sample_every, 0, 2e9, "N", "steps between, 0 = at the end"),
@@ -120,13 +121,22 @@ static struct {
     size_t scored, to_score;  // bytes of the evaluation under way
 } watch;
 
-// SIGINT or SIGTERM came: train() looks between steps, look() between the passes of an evaluation.
-// A second one ends the program at once.
+// One of these came: train() looks between steps, look() between the passes of an evaluation. A
+// second SIGINT or SIGTERM ends the program at once; a closed terminal may send SIGHUP twice.
+static const int stop_signals[] = {SIGINT, SIGTERM, SIGHUP};
 static volatile sig_atomic_t stop_signal;
 static void on_signal(int s) {
     stop_signal = s;
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
+}
+
+// What nohup or a shell's & had ignored stays so.
+static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal}, before;
+    for (int i = 0; i < 3; i++)
+        if (sigaction(stop_signals[i], NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+            sigaction(stop_signals[i], &action, NULL);
 }
 
 double step_bytes(void) {
@@ -169,11 +179,11 @@ static bool look(size_t scored) {
     return stop_signal != 0;
 }
 
-// How many held-out bytes an evaluation scores before the end of the run, where the last figure is
-// of all. By default so many that evaluations cost at most a tenth of the training: forward is a
-// third of a step's operations, and 3/10 of a third is a tenth. The count follows from the options
-// and not from the clock, so that a resumed run scores the same bytes. At least 128 KiB, which is
-// all of TinyShakespeare's held-out tenth.
+// How many held-out bytes an evaluation scores before the end of the run. By default so many that
+// evaluations cost at most a tenth of the training: forward is a third of a step's operations, and
+// 3/10 of a third is a tenth. The count follows from the options and not from the clock, so that a
+// resumed run scores the same bytes. At least 128 KiB, which is all of TinyShakespeare's held-out
+// tenth.
 size_t middle_bytes(void) {
     double bytes = opt.val_bytes > 0 ? (double)opt.val_bytes
                                      : 0.3 * (double)opt.eval_every * step_bytes();
@@ -181,11 +191,20 @@ size_t middle_bytes(void) {
     return bytes < (double)data.n_held_out ? (size_t)bytes : data.n_held_out;
 }
 
+size_t last_bytes(void) {
+    size_t most = (size_t)opt.last_bytes;
+    return most > 0 && most < data.n_held_out ? most : data.n_held_out;
+}
+
 // The scorer's loss in nats per byte on about `most` held-out bytes, of which every text gives its
 // share, evenly spread; *scored: how many they were. 1: a signal came.
 static int held_out_loss(Run *r, size_t most, double *loss, size_t *scored) {
     double sum = 0;
     Error e;
+    // A pass at least: it costs as much as a part of one, and few bytes say little.
+    size_t context = (size_t)config_receptive_field(&r->config);
+    size_t pass = (size_t)scorer.B * ((size_t)scorer.T - context + 1);
+    if (most < pass) most = pass < data.n_held_out ? pass : data.n_held_out;
     watch.scored = 0;
     watch.to_score = most;
     for (int i = 0; i < data.n; i++) {
@@ -342,12 +361,17 @@ static void see_steps(Run *r, int64_t queued) {
     print_progress(r, &state.ring[(r->step - 1) % RING], queued == opt.steps);
 }
 
-// The averaged or the current parameters into r->host, and their held-out loss; INFINITY where
+// What is judged, sampled and kept: the averaged or else the current parameters, into r->host.
+static void read_params(Run *r) {
+    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
+}
+
+// read_params, and their held-out loss; INFINITY where
 // nothing is held out. 1: a signal came first.
 static int judge(Run *r, double *loss) {
     size_t scored;
     *loss = INFINITY;
-    model_read(&r->model, r->host, r->model.ema ? r->model.ema : r->model.params);
+    read_params(r);
     if (data.n_held_out == 0) return 0;
     model_write(&scorer, scorer.params, r->host);
     if (held_out_loss(r, middle_bytes(), loss, &scored)) return 1;
@@ -387,17 +411,14 @@ static void evaluate(Run *r) {
     }
     r->evaluated = r->step;
     r->saved_step = -1;
-    // r->host holds what was just judged. After the last step main() prints a sample of the best.
-    if (opt.sample_every && r->step % opt.sample_every == 0 && r->step < opt.steps)
-        print_sample(r, r->host);
     if (now() - r->last_save >= opt.save_every) save(r);
 }
 
-// Whether an evaluation belongs after that step. A sample comes with one, which brings the
-// parameters to the host.
-static bool due(int64_t step) {
-    return step % opt.eval_every == 0 || step == opt.steps ||
-           (opt.sample_every && step % opt.sample_every == 0);
+// Whether an evaluation belongs after that step, or a sample. After the last step main() prints a
+// sample of the best.
+static bool due(int64_t step) { return step % opt.eval_every == 0 || step == opt.steps; }
+static bool sample_due(int64_t step) {
+    return opt.sample_every && step % opt.sample_every == 0 && step < opt.steps;
 }
 
 // Queues steps without waiting for them; sees them when an evaluation is due, before the ring of
@@ -413,10 +434,14 @@ static void train(Run *r) {
     while (queued < opt.steps && !stop_signal) {
         model_train_step(&r->model);
         queued++;
-        if (due(queued) || stop_signal || queued - r->step >= RING / 2 ||
+        if (due(queued) || sample_due(queued) || stop_signal || queued - r->step >= RING / 2 ||
             now() - watch.last_seen > 0.1)
             see_steps(r, queued);
         if (due(queued)) evaluate(r);
+        if (sample_due(queued) && !stop_signal) {
+            read_params(r);
+            print_sample(r, r->host);
+        }
     }
     if (queued > r->step) see_steps(r, queued);  // the signal came after the last look
     progress_end(&progress);
@@ -424,34 +449,42 @@ static void train(Run *r) {
     if (r->step != r->saved_step) save(r);
 }
 
-// The best parameters' loss on the whole held-out text, where so far a part of it was scored, or
-// else as nanoGPT counts: on the terminal and in the log.
-static void print_last_figure(Run *r) {
-    size_t scored;
-    fprintf(stderr, "whole held-out text: %zu bytes", data.n_held_out);
+// The best parameters' loss on the whole held-out text or --last-bytes of it, where so far a part
+// was scored, or else as nanoGPT counts: on the terminal and in the log. 1: a signal came first.
+static int print_last_figure(Run *r) {
+    size_t scored = data.n_held_out;
+    bool part = middle_bytes() < data.n_held_out;
+    double windows = NAN;
     model_write(&scorer, scorer.params, r->best_params);
-    if (middle_bytes() < data.n_held_out) {
-        if (held_out_loss(r, data.n_held_out, &r->whole, &scored)) return;
-        progress_end(&progress);
+    if (part ? held_out_loss(r, last_bytes(), &r->whole, &scored) != 0
+             : last_bytes() == data.n_held_out && (windows = loss_in_windows(r), stop_signal))
+        return 1;
+    progress_end(&progress);
+    if (scored < data.n_held_out)
+        fprintf(stderr, "%zu of %zu held-out bytes", scored, data.n_held_out);
+    else
+        fprintf(stderr, "whole held-out text: %zu bytes", data.n_held_out);
+    if (part) {
         fprintf(stderr, ", %.4f nats/byte", r->whole);
-        run_log(r, "# best: step %lld, held out %.9g on a part, on all %zu bytes %.9g\n",
-                (long long)r->best_step, r->best, scored, r->whole);
+        run_log(r, "# best: step %lld, held out %.9g on a part, on %s%zu bytes %.9g\n",
+                (long long)r->best_step, r->best, scored < data.n_held_out ? "" : "all ", scored,
+                r->whole);
         Error e;
         if (run_save_model(r, &e)) die(&r->cli, &e);
-    } else {
-        double windows = loss_in_windows(r);
-        // NAN: there was no position to judge, or a signal came.
-        if (windows != windows) return;
+    } else if (!isnan(windows)) {  // NAN: there was no position to judge, or no time
         fprintf(stderr, "; in windows of %d that do not overlap, as nanoGPT counts: "
                         "%.4f nats/byte", WINDOW, windows);
         run_log(r, "# best: step %lld, held out %.9g, in windows of %d bytes that do not "
                    "overlap %.9g\n", (long long)r->best_step, r->best, WINDOW, windows);
     }
+    fprintf(stderr, "\n");
     run_flush_log(r);
+    return 0;
 }
 
 // What the run came to: on the terminal, and without the time, which no two runs share, in the log.
-static void print_result(Run *r) {
+// 1: a signal came first.
+static int print_result(Run *r) {
     double seconds = now() - watch.started;
     if (data.n_held_out > 0) {
         fprintf(stderr, "best held-out loss %.4f nats/byte at step %lld", r->best,
@@ -461,10 +494,10 @@ static void print_result(Run *r) {
                     watch.first_step ? "this part of the run" : "the first step");
         if (middle_bytes() < data.n_held_out) fprintf(stderr, ", on a part of the text");
         fprintf(stderr, "\n");
-        print_last_figure(r);
-        fprintf(stderr, "\n");
+        if (print_last_figure(r)) return 1;
     }
     fprintf(stderr, "%.2f s with saving: %s/model.safetensors\n", seconds, r->folder);
+    return 0;
 }
 
 // What --units may hold, for --help: a line for each mixer.
@@ -505,6 +538,8 @@ int main(int argc, char **argv) {
         if (opt.resume && given(&r->cli, fixed[i]))
             usage_error(&r->cli, "--resume DIR goes on with that run's options: leave --%s out%s",
                         fixed[i], "");
+    if (given(&r->cli, "minutes") && opt.minutes == 0)
+        usage_error(&r->cli, "--minutes is 0, expected more than 0%s%s", "", "");
     if (opt.minutes > 0 && given(&r->cli, "steps"))
         usage_error(&r->cli, "--minutes chooses the steps: leave --steps or --minutes out%s%s", "",
                     "");
@@ -518,16 +553,14 @@ int main(int argc, char **argv) {
     print_plan(r);
 
     // From here on there is something to save: a signal ends the loop, not the program.
-    struct sigaction action = {.sa_handler = on_signal};
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
+    catch_signals();
     train(r);
-    if (r->step < opt.steps || r->evaluated < r->step) {
+    if (r->step < opt.steps || r->evaluated < r->step || print_result(r)) {
+        progress_end(&progress);
         fprintf(stderr, "stopped after step %lld; go on with: ./train --resume %s\n",
                 (long long)r->step, r->folder);
         return 0;
     }
-    print_result(r);
     print_sample(r, r->best_params);
     return samples_lost;
 }

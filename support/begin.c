@@ -2,6 +2,7 @@
 // already (--init), with a size and a schedule for the time that there is (--minutes), or where it
 // stopped (--resume). Read train.h first.
 #define _POSIX_C_SOURCE 200809L
+#include "support/stream.h"
 #include "support/train.h"
 
 static real *init_params;  // (n_params) of --init, or NULL
@@ -23,7 +24,7 @@ static const struct {
      "--channels 128 --batch 8 --seq 512 --lr 5e-3 --weight-decay 1 --dropout 0.02 "
      "--byte-dropout 0.05 --no-at-once"},
 };
-enum { N_SIZES = sizeof sizes / sizeof *sizes, MIDDLE_SIZE = 1 };
+enum { N_SIZES = sizeof sizes / sizeof *sizes, MIDDLE_SIZE = 1, LEAST_SEQ = 16 };
 
 // ---- From options to models ---------------------------------------------------------------------
 
@@ -116,9 +117,43 @@ static void close_models(Run *r) {
 // ---- --minutes: size and schedule from the time -------------------------------------------------
 
 typedef struct {
-    double operations;    // of a step
-    double step, scored;  // seconds: of a step, and of scoring a held-out byte
+    double operations;          // of a step
+    double step, pass, sample;  // seconds: of a step, of a pass of the scorer, of a sample
+    double pass_bytes, rows;    // that a pass of the scorer scores; its B
 } Pace;
+
+// Seconds of a sample: some of its bytes, as stream.c writes them.
+static int measure_sample(Run *r, double *seconds, Error *e) {
+    enum { BYTES = 32 };
+    Stream s;
+    real logits[V];
+    int id = '\n';
+    *seconds = 0;
+    if (opt.sample_bytes == 0) return 0;
+    if (stream_open(&s, &r->config, r->host, 1, e)) return -1;
+    stream_begin(&s, 1);
+    double before = now();
+    for (int i = 0; i < BYTES; i++) stream_push(&s, &id, NULL, logits);
+    *seconds = (now() - before) / BYTES * (double)opt.sample_bytes;
+    stream_free(&s);
+    return 0;
+}
+
+// Seconds of an evaluation that scores one pass: the second, as the first warms the caches.
+static int measure_pass(Run *r, Pace *p, Error *e) {
+    const Text *t = data.texts;
+    p->rows = (double)scorer.B;
+    p->pass_bytes = p->rows * (double)(scorer.T - config_receptive_field(&r->config) + 1);
+    for (int i = 0; i < 2; i++) {
+        double before = now(), nats = 0;
+        size_t n = t->n - 1 < (size_t)p->pass_bytes ? t->n : (size_t)p->pass_bytes + 1;
+        model_read(&r->model, r->host, r->model.params);
+        model_write(&scorer, scorer.params, r->host);
+        if (model_score(&scorer, t->bytes, n, 1, &nats, NULL, e)) return -1;
+        p->pass = now() - before;
+    }
+    return 0;
+}
 
 // Times steps of the model that the options describe, for about `most` seconds. The models are
 // thrown away: the run begins anew with the schedule that follows.
@@ -139,10 +174,79 @@ static int measure(Run *r, double most, Pace *p, Error *e) {
         p->step = taken / (double)steps;
         if (now() - before < 0.1 && steps > 0) n *= 2;
     }
-    // Forward is a third of a step's operations; of the scorer's windows the beginning is context.
-    double context = (double)config_receptive_field(&r->config), T = (double)scorer.T;
-    p->scored = p->step / step_bytes() / 3 * T / (T - context + 1);
+    int failed = measure_pass(r, p, e) || measure_sample(r, &p->sample, e) ? -1 : 0;
     close_models(r);
+    return failed;
+}
+
+// Passes of the scorer over `most` held-out bytes, of which every text gives its share.
+static double passes(const Pace *p, size_t most) {
+    double sum = 0;
+    for (int i = 0; i < data.n; i++) {
+        double held = (double)(data.texts[i].n - data.texts[i].n_train);
+        sum += ceil((double)most / (double)data.n_held_out * held / p->pass_bytes);
+    }
+    return data.n_held_out ? sum : 0;
+}
+
+// Seconds of the last figure. Where they are more than `most`, --last-bytes, if not given, bounds
+// them.
+static double fit_last(const Cli *cli, const Pace *p, double most) {
+    // Where evaluations score all of it, the last figure is another: in windows of WINDOW bytes.
+    bool windows = middle_bytes() == data.n_held_out;
+    double n = 0;
+    for (int i = 0; i < data.n && windows; i++)
+        n += ceil((double)(data.texts[i].n - data.texts[i].n_train) / WINDOW / p->rows);
+    if (!windows) n = passes(p, last_bytes());
+    if (n * p->pass <= most || given(cli, "last-bytes")) return n * p->pass;
+    opt.last_bytes = (int64_t)fmax(1, floor(most / p->pass) * p->pass_bytes);
+    if (!windows) return passes(p, last_bytes()) * p->pass;
+    if (last_bytes() == data.n_held_out) opt.last_bytes--;
+    return 0;  // none
+}
+
+// A row of sizes. A --seq that nobody chose fits the shortest text, of which texts_load has seen to
+// LEAST_SEQ + 1 bytes.
+static void take_size(const Cli *cli, int row) {
+    apply_row(cli, sizes[row].units, sizes[row].options);
+    for (int i = 0; i < data.n_files && !given(cli, "seq"); i++) {
+        int64_t half = (int64_t)data.texts[i].n_train / 2;
+        if (opt.seq > half) opt.seq = half > LEAST_SEQ ? half : LEAST_SEQ;
+    }
+}
+
+static bool sized(const Cli *cli) {
+    return given(cli, "channels") || given(cli, "units") || given(cli, "preset") || opt.init;
+}
+
+// Takes the steps and how often to evaluate, for `left` seconds.
+static int fit_steps(const Cli *cli, const Pace *p, double left, Error *e) {
+    bool fixed = given(cli, "eval-every");
+    double most_steps = find_option(cli, "steps", 5)->max, each;
+    double step = p->step + (opt.sample_every ? p->sample / (double)opt.sample_every : 0);
+    // The last figure costs a fifth at most; exactly how much depends on the evaluations before.
+    double last = fmin(left / 5, passes(p, last_bytes()) * p->pass);
+    double rough = fmin(most_steps, (left - last - p->sample) / step);
+    int evaluations = fixed ? 1 : 6;
+    for (;; evaluations--) {
+        if (!fixed) opt.eval_every = rough > evaluations ? (int64_t)(rough / evaluations) : 1;
+        each = passes(p, middle_bytes()) * p->pass;
+        if (evaluations == 1 || each * evaluations < left / 10) break;
+    }
+    if (!fixed && each > left / 10 && !given(cli, "val-bytes")) {
+        opt.val_bytes = (int64_t)fmax(1, floor(left / 10 / p->pass) * p->pass_bytes);
+        each = passes(p, middle_bytes()) * p->pass;
+    }
+    last = fit_last(cli, p, left / 5);
+    if (fixed) step += each / (double)opt.eval_every;  // and one more, after the last step
+    // 3 %: saving, and what the first seconds did not show.
+    double steps = fmin(most_steps, (0.97 * left - last - p->sample - each * evaluations) / step);
+    if (!(steps >= 10))
+        return fail(e, "--minutes %g is too short: a step takes %.2g s, an evaluation %.2g s, the "
+                       "last figure and a sample %.2g s: give more time, or smaller --channels or "
+                       "--batch", opt.minutes, p->step, each, last + p->sample);
+    opt.steps = (int64_t)steps;
+    if (!fixed) opt.eval_every = (opt.steps + evaluations - 1) / evaluations;
     return 0;
 }
 
@@ -151,41 +255,25 @@ static int fit_to_time(Run *r, double began, Error *e) {
     const Cli *cli = &r->cli;
     Pace pace;
     double budget = 60 * opt.minutes, most = budget / 50 < 6 ? budget / 50 : 6;
-    bool fixed = given(cli, "eval-every");
-    bool sized = given(cli, "channels") || given(cli, "units") || given(cli, "preset") || opt.init;
-    if (!sized) {
+    if (!sized(cli)) {
         int row = 0;
-        apply_row(cli, sizes[MIDDLE_SIZE].units, sizes[MIDDLE_SIZE].options);
+        take_size(cli, MIDDLE_SIZE);
         if (measure(r, most / 6, &pace, e)) return -1;
         double operations = pace.operations / pace.step * budget;
         while (row + 1 < N_SIZES && operations >= sizes[row + 1].from) row++;
-        apply_row(cli, sizes[row].units, sizes[row].options);
+        take_size(cli, row);
     }
-    if (measure(r, most, &pace, e)) return -1;
-    double left = budget - (now() - began);
-    // The last figure scores the held-out text once more.
-    double last = pace.scored * (double)data.n_held_out, each = 0;
-    int64_t rough = (int64_t)((left - last) / pace.step), evaluations = 6;
-    for (; evaluations > 0; evaluations--) {
-        if (fixed)
-            evaluations = rough / opt.eval_every + 1;
-        else
-            opt.eval_every = rough > evaluations ? rough / evaluations : 1;
-        each = pace.scored * (double)middle_bytes();
-        if (fixed || evaluations == 1 || each * (double)evaluations < left / 10) break;
-    }
-    // 3 %: saving, and what the first seconds did not show.
-    double for_steps = 0.97 * left - last - each * (double)evaluations;
-    opt.steps = for_steps > 0 ? (int64_t)(for_steps / pace.step) : 0;
-    if (opt.steps < 10)
-        return fail(e, "--minutes %g is too short: a step takes %.2g s, the evaluations %.2g s: "
-                       "give more time, or smaller --channels or --batch", opt.minutes, pace.step,
-                    last + each * (double)evaluations);
-    if (!fixed) opt.eval_every = (opt.steps + evaluations - 1) / evaluations;
+    if (measure(r, most, &pace, e) || fit_steps(cli, &pace, budget - (now() - began), e)) return -1;
     if (!given(cli, "warmup")) opt.warmup = opt.steps < 1429 ? (7 * opt.steps + 99) / 100 : 100;
-    fprintf(stderr, "note: --minutes %g: --steps %lld (%.3g s each) --warmup %lld --eval-every "
-                    "%lld\n", opt.minutes, (long long)opt.steps, pace.step,
-            (long long)opt.warmup, (long long)opt.eval_every);
+    fprintf(stderr, "note: --minutes %g: --steps %lld (%.3g s each)", opt.minutes,
+            (long long)opt.steps, pace.step);
+    static const char *const chosen[] = {"warmup", "eval-every", "val-bytes", "last-bytes", "seq"};
+    for (int i = 0; i < 5; i++) {
+        const Option *o = find_option(cli, chosen[i], strlen(chosen[i]));
+        long long value = *(int64_t *)o->value;
+        if (!o->given && value > 0) fprintf(stderr, " --%s %lld", o->name, value);
+    }
+    fprintf(stderr, "\n");
     return config_of_options(&r->config, e);
 }
 
@@ -244,13 +332,15 @@ int begin_run(Run *r, double began, Error *e) {
     if (choose_backend(&r->backend, device_names[opt.device], opt.kernels, e)) return -1;
     // A GPU's kernels are held against the CPU's before they are trusted with a run.
     if (on_gpu(r) && !opt.no_selftest && gpu_selftest(r->backend, e)) return -1;
-    if (texts_load(&data, &r->cli, opt.val, opt.val_frac, (size_t)opt.seq, e)) return -1;
+    bool free_time = !opt.resume && !given(&r->cli, "steps") && !given(&r->cli, "preset");
+    if (free_time && !given(&r->cli, "minutes") && !on_gpu(r)) opt.minutes = 5;
+    bool any_seq = opt.minutes > 0 && !sized(&r->cli) && !given(&r->cli, "seq");
+    if (texts_load(&data, &r->cli, opt.val, opt.val_frac, any_seq ? LEAST_SEQ : (size_t)opt.seq, e))
+        return -1;
     r->text = data.hash;
     r->training_bytes = data.n_train;
     r->held_out_bytes = data.n_held_out;
     texts_names(&data, r->trained_on, sizeof r->trained_on);
-    bool free_time = !opt.resume && !given(&r->cli, "steps") && !given(&r->cli, "preset");
-    if (free_time && !given(&r->cli, "minutes") && !on_gpu(r)) opt.minutes = 5;
     if (opt.minutes > 0 && fit_to_time(r, began, e)) return -1;
     if (open_models(r, e)) return -1;
     free(data.train);  // the model has its own

@@ -24,7 +24,7 @@ typedef struct {
     double best;           // lowest held-out loss so far in nats per byte, or INFINITY
     int64_t best_step;     // 0: there is no best yet
     real *best_params;     // (n_params)
-    double whole;          // their loss on the whole held-out text, where `best` is of a part; or 0
+    double whole;          // their last figure, on more than the part that `best` is of; or 0
     bool best_unsaved;
     int64_t saved_step;
     double last_save;      // seconds of now()

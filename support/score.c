@@ -76,7 +76,9 @@ int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *na
 int model_score_part(Model *m, const uint8_t *text, size_t n, size_t from, size_t part,
                      double *nats, size_t *scored, ScoreStop stop, Error *e) {
     size_t pass = (size_t)m->B * ((size_t)m->T - (size_t)config_receptive_field(&m->config) + 1);
-    size_t all = n - from, spans = part < all ? (part + pass - 1) / pass : 1;
+    size_t all = n - from;
+    if (part < all && from == 0) from = 1, all--;  // what byte 0 costs says nothing of the model
+    size_t spans = part < all ? (part + pass - 1) / pass : 1;
     size_t length = part < all ? part / (spans ? spans : 1) : all;
     for (size_t k = 0; k < spans; k++) {
         size_t start = from + k * (all / spans);

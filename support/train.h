@@ -9,7 +9,7 @@ typedef struct {
     int preset;
     // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
     int64_t steps, batch, seq, accum, warmup, channels, latent, window, eval_every, threads;
-    int64_t val_bytes, sample_bytes, sample_every;
+    int64_t val_bytes, last_bytes, sample_bytes, sample_every;
     double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
     // val_frac of each text; save_every in seconds
     double val_frac, save_every, minutes;
@@ -39,5 +39,6 @@ void apply_row(const Cli *cli, const char *units, const char *options);
 double step_bytes(void);
 double step_operations(const Run *r);
 size_t middle_bytes(void);  // that an evaluation before the end scores
+size_t last_bytes(void);    // that the last figure is of
 
 #endif

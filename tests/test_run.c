@@ -74,6 +74,9 @@ static void test_scoring(void) {
     scored = 0, nats = 0;
     check(model_score_part(&m, text, TEXT, 100, 0, &nats, &scored, NULL, &e) == 0 && scored == 0 &&
               nats == 0, "a part of no byte costs nothing");
+    need(model_score_part(&m, text, TEXT, 0, 40, &nats, &scored, NULL, &e) == 0, e.text);
+    want = sum_of(cost, 1, 40);
+    check(scored == 40 && fabs(nats - want) / want <= 1e-6, "a part leaves out byte 0");
     check(model_score(&m, text, TEXT, 0, &nats, stop_at_second, &e) == 1 && asked == 2,
           "scoring stops between two passes when it is told");
     model_free(&m);

@@ -328,6 +328,35 @@ wait_for twice/log.tsv '^1	'
 kill -TERM $pid; sleep 0.05; kill -TERM $pid; wait $pid
 [ $? = 143 ] && [ ! -e twice/state.safetensors ]
 check $? "a second signal ends the program at once"
+start $small --steps 100000 --eval-every 20 --save-every 1000 --out hangup text
+wait_for hangup/log.tsv '^40	nan'
+kill -HUP $pid; wait $pid && [ -f hangup/state.safetensors ]
+check $? "a closed terminal (SIGHUP) stops a run as SIGTERM does"
+# In its own words: under nohup SIGHUP is ignored, and stays so.
+(trap '' HUP; exec "$root/train" $small --steps 100000 --eval-every 20 --save-every 1000 --out nohup text) \
+    >/dev/null 2>message & pid=$!
+wait_for nohup/log.tsv '^40	nan'
+kill -HUP $pid; sleep 0.3; kill -0 $pid && ! [ -f nohup/state.safetensors ]
+check $? "and not where it was ignored (nohup)"
+kill -KILL $pid; wait $pid 2>/dev/null
+"$root/train" $small --steps 2 --threads 1 --val long --val-bytes 1 --out last text >/dev/null 2>message & pid=$!
+wait_for message '^best held-out'
+kill -TERM $pid; wait $pid && grep -q 'stopped after step 2; go on with: ./train --resume last' message &&
+    ! grep -q 'whole held-out' message
+check $? "a signal during the last figure: no figure, and how to get it"
+train --resume last --threads 1 && grep -q '^# best.* on all 1000000 bytes' last/log.tsv
+check $? "which resuming makes up for"
+"$root/train" $small --steps 4 --eval-every 2 --val text --val-bytes 1 --out first text >/dev/null 2>message
+rows first/log.tsv | cut -f3 | grep '^[0-9]' | awk '{ n++; if (($1 - log(256)) ^ 2 < 1e-6) bad++ } END { exit bad || n != 2 }'
+check $? "of a held-out file a part begins after byte 0, which always costs ln 256"
+[ "$(grep -c 'on 255 of 20000 held-out bytes' message)" = 2 ]
+check $? "a part is a pass at least: of windows of 256 all but the context"
+train $small --steps 12 --eval-every 6 --out few text; train $small --steps 12 --eval-every 6 --sample-every 4 --out samples text
+same few/state.safetensors samples/state.safetensors && [ "$(wc -l <few/log.tsv)" = "$(wc -l <samples/log.tsv)" ]
+check $? "a sample evaluates nothing and changes nothing"
+"$root/train" $small --steps 4 --sample-bytes 0 --val long --val-bytes 5000 --last-bytes 9000 --out bound text >/dev/null 2>message
+grep -q '^9[0-9]* of 1000000 held-out bytes, [0-9.]* nats/byte$\|^8[0-9]* of 1000000 held-out bytes, [0-9.]* nats/byte$' message
+check $? "--last-bytes bounds the last figure"
 bounded="--steps 12 --eval-every 4 --val-bytes 900"
 "$root/train" $small $bounded --out bounded text noise >/dev/null 2>message
 grep -q 'step 4 .*, on [789][0-9][0-9] of 2300 held-out bytes' message &&
@@ -407,6 +436,11 @@ first() { rows "$1/log.tsv" | awk '$1 == 1 { print $2 }'; }
 train $fine --init base --dropout 0 --byte-dropout 0 --out tuned3 text
 awk "BEGIN { exit !($(first tuned3) < 3.5 && $(first whole) > 5) }"
 check $? "and begins where that model ended ($(first tuned3))"
+train ${fine%%--seq*} --seq 8 --steps 2 --init base --out tuned5 text && option tuned5 '--window 96' && option tuned5 '--seq 8'
+check $? "also with shorter windows"
+train $fine --init base --ema 0.99 --out tuned6 text &&
+    rows tuned6/log.tsv | cut -f3 | grep '^[0-9]' | awk '{ n++; if ($1 > 3.5) bad++ } END { exit bad || n != 2 }'
+check $? "and the average of --ema begins there, too"
 mv base base-gone
 cp tuned/state.safetensors before; train --resume tuned --steps 8 && ! same before tuned/state.safetensors
 check $? "its run goes on without that model"
@@ -425,6 +459,32 @@ check $? "and is the run of the options that it prints, bit for bit ($fitted)"
 seconds=$(grep -o '^[0-9.]* s with saving' message)
 awk "BEGIN { exit !(${seconds%% *} > 0.5 && ${seconds%% *} < 9) }"
 check $? "and takes about that time ($seconds of 3)"
+timed2=$(echo "$timed" | sed 's/--channels 16/--channels 96/')
+truncate -s 40M large
+"$root/train" $timed2 --minutes 0.1 --out large1 large >/dev/null 2>message &&
+    line=$(grep '^[0-9]* of 4194304 held-out bytes, ' message) && "$root/train" --resume large1 >/dev/null 2>message &&
+    [ "$line" = "$(grep '^[0-9]* of' message)" ]
+check $? "the last figure of a large text takes a part of the time, on resuming, too ($line)"
+# The scorer's pass is of 2,052 bytes, a step of 64: an evaluation of one byte costs many steps.
+slight="--device cpu --threads 1 --sample-bytes 0 --batch 1"
+fitted_steps() { # options: the steps that --minutes finds
+    "$root/train" $slight --channels 16 --seq 64 --units conv:2:512 --minutes 0.05 "$@" --out often text 2>&1 |
+        sed -n 's/^note: --minutes.*--steps \([0-9]*\).*/\1/p'
+}
+often=$(fitted_steps --eval-every 1 --val-bytes 1) rare=$(fitted_steps --eval-every 1000000 --val-bytes 1)
+[ "$often" -gt 0 ] && [ $((3 * often)) -lt "$rare" ]
+check $? "a part of a pass is charged as a pass, after every step ($often steps of $rare)"
+head -c 300 text >little
+"$root/train" --device cpu --threads 1 --minutes 0.03 --sample-bytes 0 --out little1 little >/dev/null 2>message && option little1 '--seq 135'
+check $? "windows that nobody chose fit a small text"
+fails --device cpu --seq 512 --minutes 0.03 --out little2 little && grep -q 'less than one window' message
+check $? "and those that somebody chose do not change"
+"$root/train" $slight --units conv:1 --channels 1 --seq 1 --minutes 1e6 --out ages text >/dev/null 2>message & pid=$!
+wait_for ages/log.tsv '^100	' && kill -TERM $pid; wait $pid
+option ages '--steps 2000000000' && "$root/train" --resume ages >/dev/null 2>message & pid=$!
+wait_for message '^step'
+check $? "an age is a run of 2e9 steps, which goes on"
+kill -9 $pid 2>/dev/null; wait $pid 2>/dev/null
 fails $timed --minutes 0.0000001 --out timed3 text && grep -q 'too short' message && [ ! -e timed3 ]
 check $? "a time that is too short is refused"
 "$root/train" $timed --out five text >/dev/null 2>message & pid=$!
@@ -492,6 +552,7 @@ refuse 1 'has --channels' --resume whole --channels 32 --device cpu
 refuse 1 'has --tie yes, not no' --resume whole --no-tie --device cpu
 refuse 2 'leave --init out' --resume whole --init base
 refuse 2 'leave --minutes out' --resume whole --minutes 1
+refuse 2 'minutes is 0, expected more than 0' --minutes 0
 refuse 2 'leave --steps or --minutes out' --steps 5 --minutes 1
 refuse 1 'No such file' --init missing
 [ "$failed" = 0 ] || { echo "the last lines on standard error:"; tail -5 "$work/stderr"; }
