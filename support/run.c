@@ -85,18 +85,19 @@ static void write_holder(int lock) {
     if (ftruncate(lock, 0) == 0) dprintf(lock, "process %ld since %s\n", (long)getpid(), since);
 }
 
-// Opens r->folder's file .lock, which may be somebody's own: only a file that is empty or that a
-// trainer wrote is taken. 1: the folder has been moved away meanwhile.
+static int foreign_lock(const char *path, Error *e) {
+    return fail(e, "%s is no trainer's lock: choose another --out, or move it away", path);
+}
+
+// Opens r->folder's file .lock, which may be somebody's own: no link, pipe or folder is taken.
+// 1: the folder has been moved away meanwhile.
 static int open_lock(Run *r, const char *path, Error *e) {
     struct stat before, after, lock;
-    char word[8];
     if (stat(r->folder, &before)) return errno == ENOENT ? 1 : cannot_write(r, e);
     // O_NONBLOCK: a pipe must not make this wait.
     r->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
     if (r->lock >= 0) {
-        bool file = fstat(r->lock, &lock) == 0 && S_ISREG(lock.st_mode);
-        ssize_t n = file ? pread(r->lock, word, sizeof word, 0) : -1;
-        if (n == 0 || (n == sizeof word && memcmp(word, "process ", sizeof word) == 0)) return 0;
+        if (fstat(r->lock, &lock) == 0 && S_ISREG(lock.st_mode)) return 0;
         close(r->lock);
     } else if (errno == ENOENT) {
         // The folder was moved; or it is there still and takes no file, as /proc/1.
@@ -108,7 +109,7 @@ static int open_lock(Run *r, const char *path, Error *e) {
     } else if (errno != ELOOP && errno != EISDIR && errno != ENXIO) {
         return cannot_write(r, e);
     }
-    return fail(e, "%s is no trainer's lock: choose another --out, or move it away", path);
+    return foreign_lock(path, e);
 }
 
 // Removes what trainers that were killed while they wrote have left in r->folder.
@@ -124,7 +125,7 @@ static void remove_temporaries(const Run *r) {
 // Locks r->folder by its file .lock; the kernel releases it when the process ends, however it does.
 // 1: the folder has been moved away meanwhile.
 static int lock_folder(Run *r, Error *e) {
-    char path[4096], who[64];
+    char path[4096], who[64], word[8];
     struct stat there, ours;
     path_in(r, path, sizeof path, ".lock");
     int status = open_lock(r, path, e);
@@ -144,6 +145,12 @@ static int lock_folder(Run *r, Error *e) {
     // Between open and flock the holder of before may have moved the folder, and the lock with it.
     if (stat(path, &there) == 0 && fstat(r->lock, &ours) == 0 && there.st_dev == ours.st_dev &&
         there.st_ino == ours.st_ino) {
+        // Not before it is locked: a trainer may be writing it.
+        ssize_t n = pread(r->lock, word, sizeof word, 0);
+        if (n != 0 && (n != sizeof word || memcmp(word, "process ", sizeof word) != 0)) {
+            close(r->lock);
+            return foreign_lock(path, e);
+        }
         write_holder(r->lock);
         if (locked) remove_temporaries(r);
         return 0;

@@ -370,7 +370,8 @@ static void test_foreign_files(void) {
         r.cli = (Cli){"test", "", "", inputs, 2, files, i == 0 ? 2 : 1};
         val = i == 1 ? "W/t.txt" : NULL;
         init = i == 2 ? "./W" : NULL;
-        snprintf(says, sizeof says, "because %s lies there", i == 0 ? files[1] : i == 1 ? val : init);
+        snprintf(says, sizeof says, "because %s lies there",
+                 i == 0 ? files[1] : i == 1 ? val : init);
         check(run_take_folder(&r, "W", &e) < 0 && strstr(e.text, says) &&
                   holds("W/t.txt", "precious"),
               "a folder is not moved with what this run reads: %s", e.text);
