@@ -294,7 +294,7 @@ for round in 1 2 3 4 5; do # a finished run lies there; six begin at once
             >/dev/null 2>message$i &
         pids="$pids $!"
     done
-    for i in $(seq 3000); do # until five have given up
+    for i in $(seq 6000); do # until five have given up
         alive=0
         for p in $pids; do kill -0 $p 2>/dev/null && alive=$((alive + 1)); done
         [ $alive = 1 ] && break
