@@ -1059,7 +1059,6 @@ static void test_mixers(void) {
         snprintf(name, sizeof name, "%s%s%s", mixer, c.tie ? ", tied" : "",
                  dropout > 0 ? ", dropout" : "");
         test_side_stream(name, c, dropout);
-        test_plain(name, c);
     }
 }
 
