@@ -157,6 +157,11 @@ static void test_saving(void) {
     check(same_bits(again.model.params, r.model.params, r.model.n_params), "and the last ones");
     checkpoint_close(&state);
     close(again.lock);
+    // What came back are copies that a program keeps to its end.
+    free((char *)val);
+    free((char *)again.cli.files[0]);
+    free(again.cli.files);
+    val = given[2];
     names[0] = "a", names[1] = "b";
 
     // Ids: what makes another computation makes another id.
