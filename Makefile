@@ -217,7 +217,7 @@ COPY = rm -rf build/$@ && mkdir -p build/$@ && \
 	cp -r Makefile *.c *.h *.cu data fast mixers support tests build/$@
 asan:
 	$(COPY)
-	$(MAKE) -C build/$@ NVCC= CFLAGS='-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all' test
+	SLOW=1 $(MAKE) -C build/$@ NVCC= CFLAGS='-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=all' test
 try:
 	$(COPY)
 	$(MAKE) -C build/$@ test
