@@ -1,5 +1,5 @@
 // model.h: what the model is. Read this first, then model.c (forward, backward, steps), layers.c
-// (every operation as plain loops), mixers/ (a chapter each) and train.c.
+// (every operation but attention as plain loops), mixers/ (a chapter each) and train.c.
 //
 // The model turns raw bytes into next-byte predictions; there is no token vocabulary:
 //   bytes -> LayerNorm(Embedding) = x[0]

@@ -1,8 +1,8 @@
 // attention.c: attention on the CPU's second rung. The definition is mixers/attn.c; read that
 // first.
 //
-// The heads of a group of one text are a task. Its products, some hundred operations for each
-// value read, are made in the convolution's tiles (multiply_tile): scores from queries and transposed
+// The heads of a group of one text are a task. Its products, some hundred operations for each value
+// read, are made in the convolution's tiles (multiply_tile): scores from queries and transposed
 // keys, what is attended to from scores and values, the gradients likewise. QUERIES rows are taken
 // together, and what one of them does not attend to counts as zero. Streaming has a row at a time,
 // in functions of its own: every sum has the same terms in the same order, and so the same bits.
@@ -57,8 +57,6 @@ real attention_softmax(real *a, size_t n, real scale, real *top) {
 
 // ---- A head of a text ---------------------------------------------------------------------------
 
-static size_t row_width(AttentionShape s) { return (size_t)(s.H + 2 * s.G) * (size_t)s.d; }
-
 // to (d,T) = from (T,d), whose rows lie `ld` apart
 static void transpose(real *to, const real *from, size_t ld, int T, int d) {
     for (int t0 = 0; t0 < T; t0 += LANES)
@@ -84,7 +82,8 @@ size_t cpu_attention_work(AttentionShape s) {
     return (size_t)s.B * s.G * each * sizeof(real);
 }
 
-static int first_of(AttentionShape s, int t) { return t < s.W ? 0 : t - s.W + 1; }
+// The first byte of its text that byte t attends to.
+static int first_of(AttentionShape s, int t) { return (int)window_start_of(s, (size_t)t); }
 
 // Rows t0 .. t0+rows-1 of a head: together they attend to n keys from `low` on. What one of them
 // does not attend to counts as zero, so that rows may be taken together.
@@ -138,7 +137,7 @@ static void multiply(real *to, size_t ldt, bool add, const real *x, size_t ldx, 
 // All rows of head h of text b, whose rows begin at x.
 static void head_forward(real *out, real *lse, const real *x, real gain, AttentionShape s, int b,
                          int h, void *work) {
-    size_t wide = row_width(s), C = (size_t)s.H * s.d;
+    size_t wide = qkv_width(s), C = (size_t)s.H * s.d;
     int g = h / (s.H / s.G);
     const real *v = x + (size_t)(s.H + s.G + g) * s.d;
     real *e = scores_of(s, work, b, g), *k_t = keys_of(s, work, b, g);
@@ -163,7 +162,7 @@ static void head_forward(real *out, real *lse, const real *x, real gain, Attenti
 
 void cpu_attention_forward(act *out, real *lse, const act *qkv, const real *gain, AttentionShape s,
                            void *work) {
-    size_t wide = row_width(s), C = (size_t)s.H * s.d;
+    size_t wide = qkv_width(s), C = (size_t)s.H * s.d;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < s.B; b++)
         for (int g = 0; g < s.G; g++) {
@@ -191,7 +190,7 @@ static void row_gradients(Rows r, real *p, real *da, const real *lse, const real
 static void head_backward(real *dqkv, const real *dout, const real *out, const real *lse,
                           real *delta, const real *x, real gain, AttentionShape s, int b, int h,
                           void *work) {
-    size_t wide = row_width(s), C = (size_t)s.H * s.d;
+    size_t wide = qkv_width(s), C = (size_t)s.H * s.d;
     int g = h / (s.H / s.G);
     size_t at_q = (size_t)h * s.d, at_k = (size_t)(s.H + g) * s.d, at_v = at_k + (size_t)s.G * s.d;
     real *p = scores_of(s, work, b, g), *da = p + QUERIES * row_buffer(s);
@@ -228,7 +227,7 @@ static void head_backward(real *dqkv, const real *dout, const real *out, const r
 void cpu_attention_backward(act *dqkv, real *dgain, const act *dout, const act *out,
                             const real *lse, real *delta, const act *qkv, const real *gain,
                             AttentionShape s, void *work) {
-    size_t wide = row_width(s), C = (size_t)s.H * s.d, N = (size_t)s.B * s.T;
+    size_t wide = qkv_width(s), C = (size_t)s.H * s.d, N = (size_t)s.B * s.T;
     memset(dqkv, 0, N * wide * sizeof(real));
 #pragma omp parallel for collapse(2) schedule(static)
     for (int b = 0; b < s.B; b++)

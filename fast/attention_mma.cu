@@ -261,7 +261,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_keys_mma_kernel(A
     const size_t wide = row_width(s), text = (size_t)blockIdx.z * s.T, C = (size_t)s.H * s.d;
     const bf16 *x = a.qkv + text * wide;
     const int block0 = (int)blockIdx.x * 16 * MMA_WARPS, m0 = block0 + threadIdx.x / 32 * 16;
-    const int last = min(s.T, block0 + 16 * MMA_WARPS - 1 + s.W);  // queries before it see a key
+    // Queries before `last` see a key. (As it ran on a GPU: the sum is never below 0.)
+    const int reach = block0 + 16 * MMA_WARPS - 1 + s.W, last = min(s.T, reach > 0 ? reach : s.T);
     const int steps = (last - block0 + TILE_ROWS - 1) / TILE_ROWS, all = steps * heads;
     const uint32_t slots = shared_addr(smem);
     const float root = rsqrtf((float)s.d);

@@ -44,6 +44,12 @@ void act_row(Activation f, real *out, const real *pre, const real *residual, rea
 
 // ---- Attention: mixers/attn.c, and fast/attention.c
 
+// Values of a row of qkv; the first row that row n, of all B*T, attends to.
+static inline size_t qkv_width(AttentionShape s) { return (size_t)(s.H + 2 * s.G) * (size_t)s.d; }
+static inline size_t window_start_of(AttentionShape s, size_t n) {
+    size_t t = n % (size_t)s.T, W = (size_t)s.W;
+    return n - (t < W ? t : W - 1);
+}
 // The first `heads` heads of a row of qkv, as turn_forward; rms (heads) may be NULL.
 void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t);
 // a[i] = q . k[i] for n keys; channel c of key i lies at k[c*ld + i].

@@ -64,8 +64,6 @@ void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t) {
     }
 }
 
-static size_t qkv_width(AttentionShape s) { return (size_t)(s.H + 2 * s.G) * (size_t)s.d; }
-
 void plain_turn_forward(act *qkv, real *rms, AttentionShape s) {
     int heads = s.H + s.G;
 #pragma omp parallel for schedule(static)
@@ -117,12 +115,6 @@ static Places places(AttentionShape s, size_t n, int h) {
     size_t row = n * qkv_width(s), g = (size_t)(h / (s.H / s.G));
     return (Places){row + (size_t)h * s.d, row + (size_t)(s.H + (int)g) * s.d,
                     row + (size_t)(s.H + s.G + (int)g) * s.d};
-}
-
-// First row of the window of row n.
-static size_t window_start_of(AttentionShape s, size_t n) {
-    size_t t = n % (size_t)s.T, W = (size_t)s.W;
-    return n - (t < W ? t : W - 1);
 }
 
 void plain_attention_forward(act *out, real *lse, const act *qkv, const real *gain,
