@@ -134,18 +134,12 @@ check $? "sample --score is the trainer's held-out figure ($score, $logged)"
 
 # ---- What a run came to ----
 
-# The files in windows of 256 that do not overlap, each window scored as a file of its own: 257
-# bytes, of which sample charges ln 256 for the first. Nats per byte, as nanoGPT counts.
+# The files in windows of 256 that do not overlap, nats per byte as nanoGPT counts: without byte 0,
+# for which sample charges ln 256.
 in_windows() { # model, files
     model=$1; shift
-    for file; do
-        size=$(wc -c <"$file") at=0
-        while [ $((at + 1)) -lt $size ]; do
-            tail -c +$((at + 1)) "$file" | head -c 257 >window
-            "$root/sample" "$model" --score window 2>/dev/null
-            at=$((at + 256))
-        done
-    done | awk '{ sum += $1 * $7 - log(256); n += $7 - 1 } END { printf "%.6f", sum / n }'
+    for file; do "$root/sample" "$model" --score "$file" --windows 256:256; done |
+        awk '{ sum += $1 * $7 - log(256); n += $7 - 1 } END { printf "%.6f", sum / n }'
 }
 near() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a + 0 > 0 && (a - b) ^ 2 < 1e-10) }'; }
 logged() { tail -1 "$1/log.tsv" | grep '^# best' | grep -o '[0-9.]*$'; }
