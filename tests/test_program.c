@@ -317,6 +317,14 @@ static void test_memory(void) {
     model_free(&m);
     check_fails("vast.safetensors", 1, "1 stream needs 4.38e+03 GB of memory");
     check_fails("vast.safetensors --score text", 1, "1 stream needs 4.38e+03 GB of memory");
+    c.channels = c.latent = 16;
+    strcpy(c.units, "640x(attn:1:16777216)");
+    open_filled(&m, &c, 3);
+    save_or_die(in_folder("vast.safetensors"), &m);
+    check_fails("vast.safetensors", 1, "1 stream needs 1.42e+03 GB of memory");
+    check_fails("vast.safetensors --score text --windows 8:8", 1, "1 stream needs");
+    model_free(&m);
+    c.channels = c.latent = 1;
     strcpy(c.units, "300x(conv:2:1048576)");
     open_filled(&m, &c, 3);
     save_or_die(in_folder("far.safetensors"), &m);
