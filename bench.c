@@ -244,7 +244,7 @@ static void length_table(void) {
     int bytes = cpu ? 4096 : 65536, first = cpu ? 128 : 512, last = bytes / (cpu ? 1 : 2);
     int channels = cpu ? 128 : 256;
     char what[96];
-    snprintf(what, sizeof what, "a training step of %d bytes by the length T of its windows, C = %d",
+    snprintf(what, sizeof what, "a training step of %d bytes by the length T of its windows, C %d",
              bytes, channels);
     title("length", what);
     for (int i = 0; i < N_STACKS; i++) printf("# %s: %s\n", stacks[i].name, stacks[i].units);

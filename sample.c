@@ -53,7 +53,7 @@ static Option table[] = {
     {.name = "score", .kind = OPT_TEXT, .value = &opt.score, .arg = "FILE",
      .help = "nats and bits per byte, perplexity"},
     {.name = "windows", .kind = OPT_TEXT, .value = &opt.windows, .arg = "T:S",
-     .help = "with --score: T bytes in, a target behind each; again every S bytes, for new targets"},
+     .help = "with --score: T bytes in, a target behind each; again every S, for new targets"},
     {.name = "heat", .kind = OPT_PAGE, .value = &opt.heat, .arg = "[OUT.html]",
      .help = "with --score: every byte by its surprise, in colour, as TSV or a page"},
     {.name = "latents", .kind = OPT_TEXT, .value = &opt.latents, .arg = "OUT.npy FILE",
@@ -284,8 +284,8 @@ static void generate(const char *model) {
 //   window 1           [RF-1 | SEGMENT ]        reads RF-1 + SEGMENT bytes, gives SEGMENT outputs
 //   window 2                     [RF-1 | SEGMENT ]
 //
-// --windows T:S is the same with S for SEGMENT and T - S for RF-1: now outputs may lack some of what
-// the model would see, as where a text is scored by a model that holds T bytes and no more.
+// --windows T:S is the same with S for SEGMENT and T - S for RF-1: now outputs may lack some of
+// what the model would see, as where a text is scored by a model that holds T bytes and no more.
 
 // Outputs at n consecutive bytes, the first of which is byte `first` of the file.
 typedef struct {

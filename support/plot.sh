@@ -63,7 +63,8 @@ by_length="set terminal pngcairo noenhanced size 900,440; set output 'picture'; 
     stats 'data' every ::1 using (note(strcol(1))) nooutput; \
     set ylabel 'ms a step'; plot for [s in names] 'data' every ::1 \
     using (strcol(1) eq s ? \$2 : NaN):3 with linespoints lw 2 title s; \
-    set ylabel 'MB'; unset logscale y; set yrange [0:*]; set key bottom; plot for [s in names] 'data' every ::1 \
+    set ylabel 'MB'; unset logscale y; set yrange [0:*]; set key bottom; \
+    plot for [s in names] 'data' every ::1 \
     using (strcol(1) eq s ? \$2 : NaN):5 with linespoints lw 2 title s"
 
 # Tables by name, and after the colons the first and the last column to draw.

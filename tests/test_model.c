@@ -220,8 +220,8 @@ static void test_units(void) {
         {"attn:4:r7", {"7 channels of a head of 75 are rotated, expected an even number up to"}},
         {"attn:4:r76", {"76 channels of a head of 75 are rotated", "character 1,"}},
         {"attn:4:r130", {"rotated channels of attn is 130, expected 0 to 128", "character 8,"}},
-        {"attn:7", {"7 heads of 300 channels, expected heads that divide them into parts of at most "
-                    "128", "character 1,"}},
+        {"attn:7", {"7 heads of 300 channels, expected heads that divide them into parts of at "
+                    "most 128", "character 1,"}},
         {"conv attn:2", {"2 heads of 300 channels", "at most 128", "character 6,"}},
         {"2(conv)", {"expected x and a group", "character 1,"}},
         {"2 conv", {"expected x and a group", "character 1,"}},

@@ -7,11 +7,25 @@
 
 // read_whole on a machine with 100,000 bytes of free memory.
 static size_t little(void) { return 100000; }
-static const Backend small = {.available = little};
+static const Backend small = {.name = "cpu", .available = little};
+// And what choose_backend finds on a GPU without tensor cores for bf16.
+#include "support/gpu.h"
+static const char *const *old_names(int *n) {
+    static const char *const names[] = {"naive", "tiled"};
+    return *n = 2, names;
+}
+static const Backend *old_gpu(const char *name, Error *e) {
+    static Backend gpu;
+    (void)e, gpu.name = name;
+    return &gpu;
+}
 #define cpu_backend small
+#define gpu_backend_names old_names
+#define gpu_backend old_gpu
 #include "support/options.h"
 #undef cpu_backend
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -548,7 +562,7 @@ static void score_by_hand(Model *m, const uint8_t *text, size_t n, size_t S, dou
 // The same sum in nats by model_score_windows, as model.h says.
 static double score_by_model(Model *m, const uint8_t *text, size_t n, size_t S) {
     size_t T = (size_t)m->T, first = n < T + 1 ? n : T + 1;
-    double nats, rest;
+    double nats, rest = 0;
     Error e;
     if (model_score_windows(m, text, first, 0, 1, T, &nats, NULL, &e) ||
         model_score_windows(m, text, n, first, T - S + 1, S, &rest, NULL, &e))
@@ -773,6 +787,34 @@ static void test_usage(void) {
     check(sample("--help") == 0 && file_size("out") > 500 && file_size("err") == 0, "--help");
 }
 
+// --kernels on a GPU without tensor cores: which backend, and what goes to stderr.
+static void test_old_gpu(void) {
+    static const struct {
+        const char *kernels, *name, *said;
+    } cases[] = {
+        {NULL, "tiled", "--kernels tiled: this GPU has no tensor cores for bf16\n"},
+        {"tiled", "tiled", ""},
+        {"naive", "naive", ""},
+    };
+    const Backend *b;
+    Error e = {""};
+    for (int i = 0; i < 3; i++) {
+        size_t n;
+        int kept = dup(2), to = open(in_folder("err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+        need(kept >= 0 && to >= 0 && dup2(to, 2) == 2, "a file for stderr");
+        bool chosen = choose_backend(&b, "auto", cases[i].kernels, &e) == 0;
+        need(dup2(kept, 2) == 2 && close(kept) == 0 && close(to) == 0, "stderr again");
+        char *said = (char *)read_file(in_folder("err"), &n);
+        check(chosen && strcmp(b->name, cases[i].name) == 0 && n == strlen(cases[i].said) &&
+                  memcmp(said, cases[i].said, n) == 0, "a GPU without bf16 takes %s and says: %.*s",
+              cases[i].name, n ? (int)n - 1 : 0, said);
+        free(said);
+    }
+    check(choose_backend(&b, "auto", "tensor", &e) == -1 &&
+              strstr(e.text, "no kernels named 'tensor', expected one of: plain cpu naive tiled") ==
+                  e.text, "asked for tensor: %s", e.text);
+}
+
 int main(void) {
     char here[1000];
     const char *other = getenv("SAMPLE");
@@ -794,5 +836,6 @@ int main(void) {
     test_outputs();
     test_memory();
     test_usage();
+    test_old_gpu();
     return remove_folder_and_finish();
 }
