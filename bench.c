@@ -19,7 +19,7 @@ typedef struct {
     const char *kernels, *only, *units;
     int64_t batch, seq, threads;
     double seconds;
-    bool tsv;
+    bool tsv, at_once;
 } Options;
 
 static Options opt = {.seconds = 1};
@@ -28,7 +28,9 @@ static Option table[] = {
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
     TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "who computes"),
     TEXT("only", NOT_SAVED, &opt.only, "LIST", "tables by name, commas between"),
-    TEXT("units", NOT_SAVED, &opt.units, "TEXT", "of step, layers, in place of the paper's stack"),
+    TEXT("units", NOT_SAVED, &opt.units, "TEXT",
+         "of step, layers: this stack with a tied head in place of the paper's"),
+    FLAG("at-once", NOT_SAVED, &opt.at_once, "a step's rows in one pass, as ./train --at-once"),
     INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step, layers, ladder; 0 = usual"),
     INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step, layers, ladder; 0 = usual"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
@@ -114,7 +116,7 @@ static double median_seconds(void (*f)(void *), void *arg, double *spread) {
 // ---- A model that trains on random bytes -------------------------------------------------------
 
 static Training training(void) {
-    return (Training){.seed = 1, .passes = 1,
+    return (Training){.seed = 1, .passes = 1, .at_once = opt.at_once,
                       .hyper = {.steps = 1 << 30, .lr = 1e-4, .beta1 = 0.9, .beta2 = 0.99,
                                 .eps = 1e-8, .clip = 1}};
 }
@@ -142,6 +144,7 @@ static int open_model(Model *m, const Backend *be, int B, int T, Error *e) {
     Config c = config_paper();
     if (opt.units && snprintf(c.units, sizeof c.units, "%s", opt.units) >= UNITS_TEXT)
         return fail(e, "--units is longer than %d bytes", UNITS_TEXT - 1);
+    if (opt.units) c.tie = true, c.window = T;  // attention sees the whole sequence
     return open_config(m, be, &c, B, T, e);
 }
 
@@ -518,6 +521,34 @@ static void ladder_table(void) {
     }
 }
 
+// Linear layers of the widths that transformers have, beside cuBLAS on the bare product: what
+// training calls, and the rung below it. Forward with bias, GELU and what backward needs; to the
+// input on through the activation.
+static void linear_table(void) {
+    static const int widths[][2] = {{256, 256}, {256, 1024}, {1024, 256}, {512, 1536}, {1024, 512}};
+    static const char *const ops[] = {"conv_forward", "conv_backward_input",
+                                      "conv_backward_weight"};
+    int n, N = (opt.batch ? (int)opt.batch : 32) * (opt.seq ? (int)opt.seq : 1024);
+    const Kernel *k = gpu_kernels(&n);
+    char what[80];
+    snprintf(what, sizeof what, "linear layers on %d rows, bf16, beside cuBLAS", N);
+    title("linear", what);
+    row("C to O, kernel\tus\tTFLOP/s\tGB/s\tcuBLAS\tof cuBLAS");
+    for (size_t w = 0; w < sizeof widths / sizeof *widths; w++)
+        for (int op = 0; op < 3; op++) {
+            int C = widths[w][0], O = widths[w][1];
+            double bare = gpu_cublas_rate(op == 2 ? C : N, op == 1 ? C : O,
+                                          op == 2 ? N : op == 1 ? O : C, true);
+            for (int i = 0; i < n; i++) {
+                double flops, bytes;
+                if (strcmp(k[i].op, ops[op]) != 0 || k[i].act_bytes == sizeof(real)) continue;
+                double t = kernel_seconds(&k[i], (ConvShape){1, N, C, O, 1, 1}, &flops, &bytes);
+                row("%d to %d, %s\t%.1f\t%.0f\t%.0f\t%.0f\t%.0f%%", C, O, k[i].name, t * 1e6,
+                    flops / t / 1e12, bytes / t / 1e9, bare / 1e12, 100 * flops / t / bare);
+            }
+        }
+}
+
 // ---- The tables --------------------------------------------------------------------------------
 
 static const struct {
@@ -532,6 +563,7 @@ static const struct {
     {"table1", "the paper's Table 1 on the GPU", table1, false, true},
     {"memory", "the paper's memory table", memory_table, false, true},
     {"ladder", "every GPU kernel, again and again", ladder_table, false, true},
+    {"linear", "linear layers on tensor cores, beside cuBLAS", linear_table, false, false},
 };
 enum { N_TABLES = sizeof tables / sizeof *tables };
 

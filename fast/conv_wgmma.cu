@@ -91,7 +91,7 @@
 enum {
     CHUNK_C = 64,               // channels of a chunk of weights
     CHUNK_BYTES = CHUNK_C * 2,  // of a chunk's tap, for each channel of TILE_O
-    MAX_WEIGHTS = 12,           // taps of chunks in shared memory
+    MAX_WEIGHTS = 24,           // taps of chunks in shared memory, of the small tile
     CONV_GROUPS = 3,
     CONV_THREADS = CONV_GROUPS * 128 + 128,  // setmaxnreg gives registers to whole warpgroups
     GROUP_REGISTERS = 160,
@@ -396,12 +396,22 @@ static int conv_slots(ConvShape s, int n_in, int n_out, int tile_o) {
     int slots = left / ((int)ceil_div(rows, 8) * 8 * step_channels(tile_o) * 2);
     return slots < LEAST_SLOTS ? 0 : slots > MAX_SLOTS ? MAX_SLOTS : slots;
 }
-static bool wgmma_takes(ConvShape s, int n_in, int n_out) {
-    return have_wgmma() && conv_slots(s, n_in, n_out, 128) > 0;  // the tile with more weights
+// Whether each block of the small tile finds a multiprocessor: for C = 256 and 132 of them up to 16
+// tiles, 1024 rows. It fetches 49,152 bytes of weights, not 196,608.
+static bool few_rows(ConvShape s, int n_out) {
+    return s.B * ceil_div(s.T, SUM_TILE) * ceil_div(n_out, 32) <= (size_t)gpu()->sms;
+}
+// The tile for a shape: 32 or 128 channels; 0: linear_wgmma.cu takes it; -1: nothing here does.
+static int conv_tile(ConvShape s, int n_in, int n_out) {
+    enum { LINEAR_FROM = 512 };  // summed channels
+    if (!have_wgmma()) return -1;
+    if (few_rows(s, n_out) && conv_slots(s, n_in, n_out, 32)) return 32;
+    if (linear_wgmma_takes(s) && n_in >= LINEAR_FROM) return 0;
+    return conv_slots(s, n_in, n_out, 128) ? 128 : -1;
 }
 
 const char *tensor_rung(ConvShape s) {
-    if (wgmma_takes(s, s.C, s.O) && wgmma_takes(s, s.O, s.C)) return "wgmma";
+    if (conv_tile(s, s.C, s.O) >= 0 && conv_tile(s, s.O, s.C) >= 0) return "wgmma";
     return mma_takes(s) ? "mma" : "block";
 }
 
@@ -451,36 +461,30 @@ static void conv_taps(const Epilogue &e, const float *bias, const void *x, const
     if (s.K == 2) conv_launch<BACKWARD, 2, TILE_O>(e, bias, x, w, s, weights_unchanged);
     if (s.K == 3) conv_launch<BACKWARD, 3, TILE_O>(e, bias, x, w, s, weights_unchanged);
 }
-template <bool BACKWARD>
-static void conv_tiles(const Epilogue &e, const float *bias, const void *x, const bf16 *w,
-                       ConvShape s, bool weights_unchanged) {
-    size_t tiles = s.B * ceil_div(s.T, SUM_TILE);
-    // Where each block finds a multiprocessor: for C = 256 and 132 of them up to 16 tiles, 1024
-    // rows. It fetches 49,152 bytes of weights, not 196,608.
-    if (tiles * ceil_div(BACKWARD ? s.C : s.O, 32) <= (size_t)gpu()->sms)
-        conv_taps<BACKWARD, 32>(e, bias, x, w, s, weights_unchanged);
-    else
-        conv_taps<BACKWARD, 128>(e, bias, x, w, s, weights_unchanged);
-}
-
 static void conv_forward_wgmma(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
                                void *work) {
     const bf16 *weights = NULL;
-    if (wgmma_takes(s, s.C, s.O)) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
-    if (weights && all_aligned(e, x, weights, b))
-        conv_tiles<false>(forward_epilogue(e), b, x, weights, s, weights != work);
+    const int tile = conv_tile(s, s.C, s.O);
+    if (tile > 0) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
+    if (!weights || !all_aligned(e, x, weights, b))
+        (tile == 0 ? conv_forward_linear : conv_forward_mma)(x, w, b, e, s, work);
+    else if (tile == 32)
+        conv_taps<false, 32>(forward_epilogue(e), b, x, weights, s, weights != work);
     else
-        conv_forward_mma(x, w, b, e, s, work);
+        conv_taps<false, 128>(forward_epilogue(e), b, x, weights, s, weights != work);
 }
 
 static void conv_backward_input_wgmma(const act *dy, const real *w, Epilogue e, ConvShape s,
                                       void *work) {
     const bf16 *weights = NULL;
-    if (wgmma_takes(s, s.O, s.C)) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
-    if (weights && all_aligned(e, dy, weights, NULL))
-        conv_tiles<true>(e, NULL, dy, weights, s, weights != work);
+    const int tile = conv_tile(s, s.O, s.C);
+    if (tile > 0) weights = bf16_weights(w, (size_t)s.K * s.C * s.O, work);
+    if (!weights || !all_aligned(e, dy, weights, NULL))
+        (tile == 0 ? conv_backward_input_linear : conv_backward_input_mma)(dy, w, e, s, work);
+    else if (tile == 32)
+        conv_taps<true, 32>(e, NULL, dy, weights, s, weights != work);
     else
-        conv_backward_input_mma(dy, w, e, s, work);
+        conv_taps<true, 128>(e, NULL, dy, weights, s, weights != work);
 }
 
 // ---- Workspace, and the table of the rungs on tensor cores
@@ -496,8 +500,10 @@ size_t tensor_work_bytes(size_t N, int K, int width) {
 
 const Kernel tensor_kernels[] = {
     KERNEL(bf16, conv_forward, conv_forward_mma, "", "mma.sync, tiles of 64x64, cp.async"),
+    KERNEL(bf16, conv_forward, conv_forward_linear, "", "K = 1: rows and weights stream"),
     KERNEL(bf16, conv_forward, conv_forward_wgmma, "tensor", "weights stay in shared memory"),
     KERNEL(bf16, conv_backward_input, conv_backward_input_mma, "", "the same, looking ahead"),
+    KERNEL(bf16, conv_backward_input, conv_backward_input_linear, "", "K = 1, the same"),
     KERNEL(bf16, conv_backward_input, conv_backward_input_wgmma, "tensor",
            "weights stay in shared memory"),
     KERNEL(bf16, conv_backward_weight, conv_backward_weight_mma, "", "mma.sync, splits of time"),

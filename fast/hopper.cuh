@@ -49,6 +49,14 @@ INLINE void mbarrier_expect(uint32_t bar, int bytes) {  // one arrival, and `byt
 INLINE void mbarrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// At the barrier in the same place of block `rank` of the cluster.
+INLINE void mbarrier_arrive_at(uint32_t bar, int rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(bar),
+        "r"(rank)
+        : "memory");
+}
 INLINE void mbarrier_wait(uint32_t bar, int parity) {
     asm volatile(
         "{ .reg .pred done;\n"
@@ -60,6 +68,14 @@ INLINE void mbarrier_wait(uint32_t bar, int parity) {
 // Barriers that were set up become visible to the copy engine.
 INLINE void mbarrier_init_fence(void) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// All threads of a cluster's blocks wait for each other; the 128 of warpgroup `group` do.
+INLINE void cluster_barrier(void) {
+    asm volatile("barrier.cluster.arrive.aligned;\n barrier.cluster.wait.aligned;" ::: "memory");
+}
+INLINE void group_barrier(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");  // 0 is __syncthreads
 }
 
 // Dependent launches: blocks of the next kernel may take the places of ours that are done, and set
@@ -79,6 +95,17 @@ INLINE void tensor_copy(uint32_t dst, const CUtensorMap *map, uint32_t bar, int 
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
         "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+// The same into every block of the cluster that has a bit in `blocks`, at the same place of its
+// shared memory; and each one's `bar` is told.
+INLINE void tensor_copy_to(uint16_t blocks, uint32_t dst, const CUtensorMap *map, uint32_t bar,
+                           int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+        "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "h"(blocks)
         : "memory");
 }
 
@@ -121,7 +148,10 @@ typedef struct {
     uint32_t lo, hi;  // of the descriptor; lo holds the address in units of 16 bytes
 } Operand;
 INLINE Operand operand(uint32_t swizzle, uint32_t addr, int lead, int stride) {
-    Operand o = {addr >> 4 | (uint32_t)(lead >> 4) << 16, (uint32_t)(stride >> 4) | swizzle};
+    // In a cluster the uppermost byte of an address is the block's rank: a descriptor has no place
+    // for it.
+    Operand o = {(addr & 0x3FFFF) >> 4 | (uint32_t)(lead >> 4) << 16,
+                 (uint32_t)(stride >> 4) | swizzle};
     return o;
 }
 INLINE Operand operand_at(Operand o, int bytes) {  // the same operand, bytes further on
@@ -191,12 +221,32 @@ INLINE void ring_skip(Ring *r, int n, int slots) {
         r->phase ^= 1;
     }
 }
+// One thread sets up the ring's barriers; `readers` warps, of all blocks that copy for each other,
+// empty a slot. Then all threads of those blocks meet: no copy and no arrival may reach a barrier
+// that is not set up yet.
+template <int CLUSTER>
+INLINE void ring_begin(uint32_t full, uint32_t empty, int slots, int readers) {
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < slots; i++) {
+            mbarrier_init(full + 8 * i, 1);
+            mbarrier_init(empty + 8 * i, CLUSTER * readers);
+        }
+        mbarrier_init_fence();
+    }
+    if (CLUSTER > 1)
+        cluster_barrier();
+    else
+        __syncthreads();
+}
 // Waits until this warp's products are done, all but those of the last PENDING stages: then the
 // slot that `empty` belongs to has a reader less.
-template <int PENDING>
+// With CLUSTER blocks that copy for each other: in all of them.
+template <int PENDING, int CLUSTER = 1>
 INLINE void free_slot(uint32_t empty) {
+    const int lane = threadIdx.x % 32;
     wgmma_wait<PENDING>();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(empty);
+    if (CLUSTER == 1 && lane == 0) mbarrier_arrive(empty);
+    if (CLUSTER > 1 && lane < CLUSTER) mbarrier_arrive_at(empty, lane);
 }
 #endif
 

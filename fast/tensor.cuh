@@ -26,6 +26,10 @@ void conv_forward_mma(const act *x, const real *w, const real *b, Epilogue e, Co
                       void *work);
 void conv_backward_input_mma(const act *dy, const real *w, Epilogue e, ConvShape s, void *work);
 void conv_backward_weight_mma(const WeightJob *jobs, int n, ConvShape s, void *work);
+bool linear_wgmma_takes(ConvShape s);
+void conv_forward_linear(const act *x, const real *w, const real *b, Epilogue e, ConvShape s,
+                         void *work);
+void conv_backward_input_linear(const act *dy, const real *w, Epilogue e, ConvShape s, void *work);
 void conv_backward_weight_wgmma(const WeightJob *jobs, int n, ConvShape s, void *work);
 // Bytes of workspace for the partial sums of the two rungs' weight gradients, on N rows with at
 // most K taps and `width` channels.
@@ -272,19 +276,24 @@ static inline int compiled_for(const void *kernel) {
 
 // One launch of a kernel whose only argument is *args, with `shared` bytes of shared memory.
 // overlap: as a dependent launch. In a CUDA graph such a launch becomes an edge of a kind that came
-// with CUDA 12.3. The caller's LAUNCHED finds what went wrong.
+// with CUDA 12.3. cluster: how many neighbouring blocks (x) form one. The caller's LAUNCHED finds
+// what went wrong.
 static inline void launch(const void *kernel, dim3 grid, int threads, size_t shared, void *args,
-                          bool overlap) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = overlap && CUDART_VERSION >= 12030;
+                          bool overlap, int cluster = 1) {
+    cudaLaunchAttribute attribute[2];
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed =
+        overlap && CUDART_VERSION >= 12030;
+    attribute[1].id = cudaLaunchAttributeClusterDimension;
+    attribute[1].val.clusterDim.x = (unsigned)cluster;
+    attribute[1].val.clusterDim.y = attribute[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t c = cudaLaunchConfig_t();
     c.gridDim = grid;
     c.blockDim = dim3((unsigned)threads);
     c.dynamicSmemBytes = shared;
     c.stream = gpu_stream;
-    c.attrs = &attribute;
-    c.numAttrs = 1;
+    c.attrs = attribute;
+    c.numAttrs = cluster > 1 ? 2 : 1;
     void *argv[1] = {args};
     (void)cudaLaunchKernelExC(&c, kernel, argv);
 }

@@ -22,6 +22,9 @@
 // Cost: C = O = 256, K = 3 are only 4 such tiles, so rows are cut into splits, each with blocks of
 // its own (split-K). Each writes its partial sums, 196,608 bytes a tile, and a second kernel reads
 // and adds them.
+// Linear layers: with K = 1 a stage has two chunks of x for two of its three taps, 48 KB for 1024
+// cycles, and L2 binds. Then the two blocks of a cluster, neighbours c, share dy: each fetches half
+// of it into both, and 32 KB are left.
 // So a launch takes up to MAX_WEIGHT_JOBS layers: more tiles need fewer splits.
 // Few rows: the time is mostly dw's, read and written by as many blocks as there are tiles. A tile
 // of 64 channels o makes four times as many, in one split or few. A single split adds to dw
@@ -66,11 +69,11 @@ typedef struct {
 static_assert(sizeof(WeightArgs) <= 4096, "what a kernel's arguments may take before CUDA 12.1");
 
 #ifdef HAVE_WGMMA
-// Sends for step `step` of all, as the ring's `slot`.
-template <int CHUNKS, int TILE_O>
+// Sends for step `step` of all, as the ring's `slot`. rank: of the block in its cluster.
+template <int CHUNKS, int TILE_O, int CLUSTER>
 INLINE void copy_step(const WeightArgs *a, const WeightSum *job, uint32_t ring, int stage_bytes,
-                      int halo, int step, int slot, int group, int o_tile) {
-    enum { PARTS = TILE_O / 64, DY_BYTES = PARTS * DY_PART };
+                      int halo, int step, int slot, int group, int o_tile, int rank) {
+    enum { PARTS = TILE_O / 64, SHARE = PARTS / CLUSTER, DY_BYTES = PARTS * DY_PART };
     const uint32_t stage = ring + slot * stage_bytes;
     const uint32_t full = ring + a->slots * stage_bytes + 8 * slot;
     const int b = step / a->steps_per_seq, t0 = step % a->steps_per_seq * SUM_TILE;
@@ -78,8 +81,12 @@ INLINE void copy_step(const WeightArgs *a, const WeightSum *job, uint32_t ring, 
     for (int c = 0; c < CHUNKS; c++)
         tensor_copy(stage + DY_BYTES + c * a->x_bytes, &job->x, full, (group * CHUNKS + c) * 64,
                     t0 - halo, b);
-    for (int o = 0; o < PARTS; o++)
-        tensor_copy(stage + o * DY_PART, &job->dy, full, o_tile * TILE_O + o * 64, t0, b);
+    for (int o = rank * SHARE; o < (rank + 1) * SHARE; o++)
+        if (CLUSTER == 1)
+            tensor_copy(stage + o * DY_PART, &job->dy, full, o_tile * TILE_O + o * 64, t0, b);
+        else
+            tensor_copy_to((1 << CLUSTER) - 1, stage + o * DY_PART, &job->dy, full,
+                           o_tile * TILE_O + o * 64, t0, b);
 }
 
 // The products of one stage. x, dy: its operands.
@@ -170,8 +177,9 @@ INLINE void add_to_weights(float *dw, const bool inside[2], size_t O, int left, 
 }
 #endif
 
-// Grid: x groups of 64*CHUNKS channels c, y splits, z (job, tile of TILE_O channels o).
-template <int TAPS, int CHUNKS, int TILE_O>
+// Grid: x groups of 64*CHUNKS channels c, CLUSTER of them a cluster; y splits; z (job, tile of
+// TILE_O channels o).
+template <int TAPS, int CHUNKS, int TILE_O, int CLUSTER>
 __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     weight_wgmma(const __grid_constant__ WeightArgs a) {
 #ifdef HAVE_WGMMA
@@ -180,6 +188,7 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     static_assert(BLOCK_WARPS >= 8, "so many add up dy");
     extern __shared__ __align__(1024) char smem[];
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+    const int rank = blockIdx.x % CLUSTER;
     const int group = blockIdx.x, job_n = blockIdx.z / a.o_tiles, o_tile = blockIdx.z % a.o_tiles;
     const WeightSum *job = &a.job[job_n];
     const int stage_bytes = DY_BYTES + CHUNKS * a.x_bytes, halo = (a.K - 1) * job->dil;
@@ -188,23 +197,16 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
     const int begin = (int)((int64_t)a.steps * blockIdx.y / a.splits);
     const int end = (int)((int64_t)a.steps * (blockIdx.y + 1) / a.splits);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < a.slots; i++) {
-            mbarrier_init(full + 8 * i, 1);
-            mbarrier_init(empty + 8 * i, BLOCK_WARPS);
-        }
-        mbarrier_init_fence();
-    }
-    if (threadIdx.x == 0) {
         map_prefetch(&job->x);
         map_prefetch(&job->dy);
     }
-    __syncthreads();      // no copy and no arrival may reach a barrier that is not set up yet
+    ring_begin<CLUSTER>(full, empty, a.slots, BLOCK_WARPS);
     wait_for_previous();  // before x and dy are read, and dw or the workspace is written
     let_next_start();
     if (threadIdx.x == 0)
         for (int i = 0; i < a.slots && begin + i < end; i++)
-            copy_step<CHUNKS, TILE_O>(&a, job, ring, stage_bytes, halo, begin + i, i, group,
-                                      o_tile);
+            copy_step<CHUNKS, TILE_O, CLUSTER>(&a, job, ring, stage_bytes, halo, begin + i, i,
+                                               group, o_tile, rank);
 
     const int tap = warp / 4 % TAPS, chunk = warp / 4 / TAPS;
     // A tap is the same stage of x from another row on; every warpgroup reads all of dy.
@@ -221,14 +223,14 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
         sum_dy<PARTS>(sum, smem + r.slot * stage_bytes, group, a.groups, warp, lane);
         if (i > begin) {
             int before = r.slot ? r.slot - 1 : a.slots - 1;
-            free_slot<1>(empty + 8 * before);
+            free_slot<1, CLUSTER>(empty + 8 * before);
         }
         ring_skip(&r, 1, a.slots);
         if (i - begin < 2) continue;
         if (threadIdx.x == 0 && i - 2 + a.slots < end) {
             mbarrier_wait(empty + 8 * refill.slot, refill.phase);
-            copy_step<CHUNKS, TILE_O>(&a, job, ring, stage_bytes, halo, i - 2 + a.slots,
-                                      refill.slot, group, o_tile);
+            copy_step<CHUNKS, TILE_O, CLUSTER>(&a, job, ring, stage_bytes, halo, i - 2 + a.slots,
+                                               refill.slot, group, o_tile, rank);
         }
         __syncwarp();  // wgmma wants its warps whole
         ring_skip(&refill, 1, a.slots);
@@ -250,6 +252,7 @@ __global__ void __launch_bounds__(TAPS *CHUNKS * 128, 1)
         float *dw = weight_at<TAPS, CHUNKS>(&a, job, group, o_tile * TILE_O, threadIdx.x, inside);
         add_to_weights<PIECES>(dw, inside, a.O, a.O - o_tile * TILE_O, acc);
     }
+    if (CLUSTER > 1) cluster_barrier();  // the other block may still arrive at this one's `empty`
 #endif
 }
 
@@ -322,8 +325,8 @@ static size_t partial_sum_bytes(size_t N, int K) {
 
 // How n layers' weight gradients are computed: with which tile, its ring, and in how many splits.
 typedef struct {
-    int slots, x_bytes, splits;
-    size_t tiles, stage;  // stage: bytes
+    int slots, x_bytes, splits, cluster;
+    size_t tiles, stage, fetched;  // of a stage: bytes, and those that the block fetches itself
     double cycles;        // what the launch may take; infinite where the ring is too small
 } WeightPlan;
 
@@ -334,7 +337,7 @@ static double weight_cycles(const WeightPlan *p, size_t sums, size_t steps, size
     enum { PRODUCTS = 2048, L2_RATE = 30, SECOND_KERNEL = 4000 };  // the first two: a cycle
     const size_t sms = (size_t)gpu()->sms, blocks = p->tiles * splits;
     double bytes = (double)sums * sizeof(float), products = (double)sums * SUM_TILE / PRODUCTS;
-    double copies = (double)(p->stage * (blocks < sms ? blocks : sms)) / (double)(L2_RATE * sms);
+    double copies = (double)(p->fetched * (blocks < sms ? blocks : sms)) / (double)(L2_RATE * sms);
     double cycles = (double)ceil_div(steps, splits) * (products > copies ? products : copies);
     if (splits == 1) return (cycles + 2 * bytes / L2_RATE) * (double)ceil_div(blocks, sms);
     double second = SECOND_KERNEL + (double)blocks * bytes / (double)(L2_RATE * sms);
@@ -344,12 +347,14 @@ static double weight_cycles(const WeightPlan *p, size_t sums, size_t steps, size
 // The best number of splits for a tile: all blocks run at a time, and no split has few rows. Few
 // numbers are left to choose from (at most 132 / tiles on an H100), so all are tried.
 static WeightPlan weight_plan(const WeightJob *jobs, int n, ConvShape s, int chunks, int tile_o) {
-    WeightPlan p = {0, 0, 1, 0, 0, INFINITY};
+    WeightPlan p = {0, 0, 1, 1, 0, 0, 0, INFINITY};
     for (int i = 0; i < n; i++) {
         int bytes = (int)ceil_div(SUM_TILE + (s.K - 1) * jobs[i].dil, 8) * 8 * 128;
         if (bytes > p.x_bytes) p.x_bytes = bytes;
     }
     p.stage = (size_t)(SUM_TILE * 2 * tile_o + chunks * p.x_bytes);
+    p.cluster = s.K == 1 && tile_o == MAX_TILE_O && ceil_div(s.C, 64 * chunks) % 2 == 0 ? 2 : 1;
+    p.fetched = p.stage - (size_t)(SUM_TILE * 2 * tile_o) * (p.cluster - 1) / p.cluster;
     p.slots = (int)((SHARED_BYTES - BARRIER_BYTES) / p.stage);
     if (p.slots > MAX_SLOTS) p.slots = MAX_SLOTS;
     p.tiles = n * ceil_div(s.C, 64 * chunks) * ceil_div(s.O, tile_o);
@@ -372,13 +377,13 @@ static_assert((SHARED_BYTES - BARRIER_BYTES) / (DY_PART + (SUM_TILE + MAX_HALO) 
                   WEIGHT_LEAST_SLOTS,
               "the narrow tile's ring always fits");
 
-template <int TAPS, int CHUNKS, int TILE_O>
+template <int TAPS, int CHUNKS, int TILE_O, int CLUSTER>
 static void weight_launch(const WeightJob *jobs, int n, ConvShape s, const WeightPlan *plan,
                           void *work) {
     enum { BLOCK_THREADS = TAPS * CHUNKS * 128 };
     enum { SUMS = TILE_O / 8 * BLOCK_THREADS };  // float4 of a block
     static bool prepared;
-    const void *kernel = (const void *)weight_wgmma<TAPS, CHUNKS, TILE_O>;
+    const void *kernel = (const void *)weight_wgmma<TAPS, CHUNKS, TILE_O, CLUSTER>;
     WeightArgs a;
     memset(&a, 0, sizeof a);
     a.C = s.C, a.O = s.O, a.K = s.K, a.splits = plan->splits, a.x_bytes = plan->x_bytes;
@@ -406,7 +411,7 @@ static void weight_launch(const WeightJob *jobs, int n, ConvShape s, const Weigh
     prepared = true;
     unsigned jobs_tiles = (unsigned)(n * a.o_tiles);
     launch(kernel, dim3((unsigned)a.groups, (unsigned)a.splits, jobs_tiles), BLOCK_THREADS,
-           a.slots * plan->stage + BARRIER_BYTES, &a, true);
+           a.slots * plan->stage + BARRIER_BYTES, &a, true, CLUSTER);
     LAUNCHED("weight_wgmma", n * conv_flops(s), n * weight_bytes(s, sizeof(bf16), a.splits));
     if (a.splits == 1) return;
     launch((const void *)add_weight_splits<TAPS, CHUNKS, TILE_O>,
@@ -421,9 +426,11 @@ static void weight_tile(const WeightJob *jobs, int n, ConvShape s, void *work) {
     WeightPlan narrow = weight_plan(jobs, n, s, NARROW_CHUNKS, 64);
     WeightPlan wide = weight_plan(jobs, n, s, CHUNKS, TILE_O);
     if (narrow.cycles < wide.cycles)
-        weight_launch<TAPS, NARROW_CHUNKS, 64>(jobs, n, s, &narrow, work);
+        weight_launch<TAPS, NARROW_CHUNKS, 64, 1>(jobs, n, s, &narrow, work);
+    else if (TAPS == 1 && wide.cluster == 2)
+        weight_launch<TAPS, CHUNKS, TILE_O, TAPS == 1 ? 2 : 1>(jobs, n, s, &wide, work);
     else
-        weight_launch<TAPS, CHUNKS, TILE_O>(jobs, n, s, &wide, work);
+        weight_launch<TAPS, CHUNKS, TILE_O, 1>(jobs, n, s, &wide, work);
 }
 
 void conv_backward_weight_wgmma(const WeightJob *jobs, int n, ConvShape s, void *work) {

@@ -63,6 +63,22 @@ static const LargeShape large[] = {
     {"conv_backward_weight", 0, {2, 2050, 256, 256, 2, 4}},
     {"conv_backward_weight", 2, {2, 2500, 256, 256, 2, 150}},
     {"conv_backward_weight", 2, {2, 5000, 256, 256, 1, 1}},
+    // linear layers of more summed channels than shared memory holds: tiles of 64, 128 and 256
+    // channels, several a block; and the last rows alone in a cluster
+    {"conv_forward", 1, {1, 300, 1032, 264, 1, 1}},
+    {"conv_forward", 3, {1, 8200, 776, 384, 1, 1}},
+    {"conv_forward", 2, {1, 33100, 520, 512, 1, 1}},
+    {"conv_forward", 2, {5, 130, 1544, 40, 1, 1}},
+    {"conv_forward", 2, {1, 130, 8, 8440, 1, 1}},
+    {"conv_forward", 2, {1, 130, 8, 16888, 1, 1}},
+    {"conv_backward_input", 3, {1, 300, 264, 1032, 1, 1}},
+    {"conv_backward_input", 1, {1, 8200, 384, 776, 1, 1}},
+    {"conv_backward_input", 2, {1, 33100, 512, 520, 1, 1}},
+    {"conv_backward_input", 0, {5, 130, 40, 1544, 1, 1}},
+    {"conv_backward_input", 0, {1, 130, 8440, 8, 1, 1}},
+    // of linear layers, with and without clusters
+    {"conv_backward_weight", 0, {1, 3000, 264, 520, 1, 1}},
+    {"conv_backward_weight", 0, {1, 20000, 1024, 264, 1, 1}},
     // wide tiles in one split: so many that there is no place for two
     {"conv_backward_weight", 2, {1, 330, 1088, 512, 3, 60}},
     // more rows than are made one-hot at a time
@@ -149,6 +165,10 @@ static void check_rows(Ladder *l, const Options *o, ConvShape s, int variant, in
     l->shapes += compared;
 }
 
+// Multiply-adds of a conv. Large shapes with few of them are checked with --small, too.
+#define CHEAP 3e7
+static double products(ConvShape s) { return (double)s.B * s.T * s.C * s.O * s.K; }
+
 static void check_operation(const Kernel *all, int n, const char *op, const Options *o) {
     // The other activations' variants begin at CHECK_VARIANTS.
     enum { VARIANTS = CHECK_VARIANTS * N_ACTIVATIONS, OTHERS = VARIANTS - CHECK_VARIANTS };
@@ -160,8 +180,8 @@ static void check_operation(const Kernel *all, int n, const char *op, const Opti
         for (int v = 0; v < VARIANTS; v++)
             if (choose_ugly(op, i, v)) check_rows(&l, o, ugly[i], v, i * CHECK_VARIANTS + v);
     int seed = UGLY * CHECK_VARIANTS;
-    for (int i = 0; i < LARGE && !o->small; i++, seed++)
-        if (strcmp(op, large[i].op) == 0)
+    for (int i = 0; i < LARGE; i++, seed++)
+        if (strcmp(op, large[i].op) == 0 && (!o->small || products(large[i].shape) < CHEAP))
             check_rows(&l, o, large[i].shape, large[i].variant, seed);
     for (int i = 0; i < RANDOM && !o->small; i++, seed++) {
         const ConvShape s = random_shape(o->seed, i);
