@@ -313,8 +313,8 @@ int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, si
 int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats,
                 ScoreStop stop, Error *e);
 // The same of about `part` of those bytes, never byte 0: in spans that fill a pass and lie evenly
-// over them, or all in one span, with byte 0. Adds to *nats and, a span at a time, to *scored. Where
-// the place in the text counts, windows as long as in training begin anew.
+// over them, or all in one span, with byte 0. Adds to *nats and, a span at a time, to *scored.
+// Where the place in the text counts, windows as long as in training begin anew.
 int model_score_part(Model *m, const uint8_t *text, size_t n, size_t from, size_t part,
                      double *nats, size_t *scored, ScoreStop stop, Error *e);
 size_t score_part_pass(const Model *m);  // bytes that a pass of it scores

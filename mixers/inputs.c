@@ -3,8 +3,8 @@
 //     smear              (1-g) x[t] + g x[t-1], g = sigmoid of a learned vector
 //     bigrams:R:D        x + W table[hash(previous byte, byte)], a table of R rows of D numbers
 //     positions          x + sines and cosines of the place in the text
-// A skip (--skips N) adds to the stream what it was at the mirrored place further down. Read model.h
-// and layers.c first; the same on a GPU: inputs.cu.
+// A skip (--skips N) adds to the stream what it was at the mirrored place further down. Read
+// model.h and layers.c first; the same on a GPU: inputs.cu.
 #include <stdio.h>
 #include <string.h>
 
@@ -13,7 +13,7 @@
 #include "support/arithmetic.h"
 #include "support/stream.h"
 
-// ---- SmearGate (Jordan et al., modded-nanogpt): a byte's row takes part of the row before --------
+// ---- SmearGate (Jordan et al., modded-nanogpt): a byte's row takes part of the row before -------
 
 // before NULL: the text begins here.
 static void smear_row(real *out, const real *x, const real *before, const real *gate, int C) {
@@ -35,8 +35,9 @@ void plain_smear_backward(act *dx, real *dgate, const act *dout, const act *x, c
                           int B, int T, int C, void *work) {
     (void)work;
     for (int n = 0; n < B * T; n++) {
-        const real *x_n = (const real *)x + (size_t)n * C, *d_n = (const real *)dout + (size_t)n * C;
-        real *dx_n = (real *)dx + (size_t)n * C;
+        size_t at = (size_t)n * C;
+        const real *x_n = (const real *)x + at, *d_n = (const real *)dout + at;
+        real *dx_n = (real *)dx + at;
         bool first = n % T == 0, last = n % T == T - 1;
         for (int c = 0; c < C; c++) {
             real g = smear_gate(gate[c]);
@@ -48,7 +49,7 @@ void plain_smear_backward(act *dx, real *dgate, const act *dout, const act *x, c
     CPU_DONE("smear_backward", 0, 3 * array_bytes(sizeof(real), (size_t)B * T, C));
 }
 
-// ---- Skips: the stream gets back what it was at the mirrored place -------------------------------
+// ---- Skips: the stream gets back what it was at the mirrored place ------------------------------
 
 void skip_row(real *x, const real *from, const real *scale, int C) {
     for (int c = 0; c < C; c++) x[c] = muladd(scale[c], from[c], x[c]);
@@ -99,7 +100,7 @@ void plain_lookup_backward(real *dtable, const act *dout, const int *ids, Lookup
     CPU_DONE("lookup_backward", 0, lookup_bytes(s, sizeof(real)));
 }
 
-// ---- Sinusoidal positions (Vaswani et al., arXiv:1706.03762) -------------------------------------
+// ---- Sinusoidal positions (Vaswani et al., arXiv:1706.03762) ------------------------------------
 //
 // channel 2j: sin(t * 10000^(-2j/C)), channel 2j+1: its cosine. Angles are kept as attn.c keeps
 // them: none of their digits is lost at 10 million bytes.
@@ -307,7 +308,7 @@ void skips_describe(Model *m) {
         from->skip.to = to;
         to->skip.from = from;
         snprintf(name, sizeof name, "skips.%d.weight", k);
-        add_tensor(m, NULL, &to->skip.scale, name, 1, m->config.channels, 0, 0);  // a gain: 1 at first
+        add_tensor(m, NULL, &to->skip.scale, name, 1, to->C, 0, 0);  // a gain: 1 at first
     }
 }
 

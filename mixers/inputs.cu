@@ -2,8 +2,8 @@
 // computed, and its loops are the naive kernels', with a thread per value. The tiled ones are
 // templates on the activations and serve `tiled` (float32) and `tensor` (bf16).
 //
-// All of these move arrays and compute little: memory is the bound. At 32768 rows of 256 channels an
-// array is 16.8 MB in bf16, 5.7 us to read or to write (layers.cu). No kernel adds floats
+// All of these move arrays and compute little: memory is the bound. At 32768 rows of 256 channels
+// an array is 16.8 MB in bf16, 5.7 us to read or to write (layers.cu). No kernel adds floats
 // atomically: sums over rows go through partial sums, at places fixed by the shape, added in order.
 // Run by:  ./train --device cuda --kernels naive|tiled|tensor --units "smear bigrams conv:2:1"
 #include "support/device.cuh"
@@ -22,12 +22,12 @@ static inline __device__ void store_some(T *p, const float v[W]) {
 
 // ---- Smear and skip: one kernel for both, as both weigh another row's channels ------------------
 //
-//   smear   out[n] = x[n] + g (x[n-1] - x[n])       g = sigmoid(w), x[n-1] = 0 where a window begins
-//   skip    out[n] = x[n] + w from[n]               out may be x
+//   smear   out[n] = x[n] + g (x[n-1] - x[n])    g = sigmoid(w), x[n-1] = 0 where a window begins
+//   skip    out[n] = x[n] + w from[n]            out may be x
 
 template <bool SMEAR>
-static inline __device__ float weigh(float x, float other, float w) {
-    return SMEAR ? x + smear_gate(w) * (other - x) : x + w * other;
+static inline __device__ float blend(float x, float other, float g) {  // g: skip's w
+    return SMEAR ? x + g * (other - x) : x + g * other;
 }
 
 template <bool SMEAR>
@@ -36,26 +36,39 @@ __global__ void blend_naive(float *out, const float *x, const float *from, const
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= N * C) return;
     float other = !SMEAR ? from[i] : i / C % T ? x[i - C] : 0;
-    out[i] = weigh<SMEAR>(x[i], other, w[i % C]);
+    out[i] = blend<SMEAR>(x[i], other, SMEAR ? smear_gate(w[i % C]) : w[i % C]);
 }
 
-// tiled: a warp per row, W neighbouring channels a lane, neighbouring lanes next to each other.
-// Bytes: smear x once (the row before is in L1 or L2) and out, 33.6 MB; skip x, from and out, 50 MB.
-// Bound before: 2 bytes a thread and load.
+// tiled: a warp takes a row, or four neighbouring ones to smear; a lane W neighbouring channels of
+// each, neighbouring lanes next to each other. All loads come before the first use, and a gate's
+// exponential serves four rows. Bytes: smear x once, as the row before is in registers but for the
+// first, and out, 33.6 MB; skip x, from and out, 50 MB.
+// Bound before: 4 bytes a thread and load, an exponential a value.
+template <bool SMEAR>
+constexpr int rows_at_once = SMEAR ? 4 : 1;
+
 template <bool SMEAR, int W, typename A>
 __global__ void blend_rows(A *out, const A *x, const A *from, const float *w, size_t N, int T,
                            int C) {
     begin_dependent();
-    const size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (n >= N) return;
-    const bool begins = SMEAR && (unsigned)n % (unsigned)T == 0;
-    const A *other = SMEAR ? x + (n - 1) * C : from + n * C;  // not read where a window begins
-    for (int c = W * (threadIdx.x % 32); c < C; c += 32 * W) {
-        float v[W], o[W] = {};
-        load_some<W>(v, x + n * C + c);
-        if (!begins) load_some<W>(o, other + c);
-        for (int j = 0; j < W; j++) v[j] = weigh<SMEAR>(v[j], o[j], w[c + j]);
-        store_some<W>(out + n * C + c, v);
+    constexpr int ROWS = rows_at_once<SMEAR>;
+    const size_t n0 = ((size_t)blockIdx.x * WARPS + threadIdx.x / 32) * ROWS;
+    for (int c = W * (threadIdx.x % 32); c < C && n0 < N; c += 32 * W) {
+        float v[ROWS][W], other[W] = {};  // of the first row
+        if (!SMEAR || (unsigned)n0 % (unsigned)T > 0)
+            load_some<W>(other, SMEAR ? x + (n0 - 1) * C + c : from + n0 * C + c);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (n0 + r < N) load_some<W>(v[r], x + (n0 + r) * C + c);
+        float g[W], y[W];
+        for (int j = 0; j < W; j++) g[j] = SMEAR ? smear_gate(w[c + j]) : w[c + j];
+#pragma unroll
+        for (int r = 0; r < ROWS && n0 + r < N; r++) {
+            const bool begins = SMEAR && (unsigned)(n0 + r) % (unsigned)T == 0;
+            for (int j = 0; j < W; j++) y[j] = blend<SMEAR>(v[r][j], begins ? 0 : other[j], g[j]);
+            store_some<W>(out + (n0 + r) * C + c, y);
+            for (int j = 0; j < W; j++) other[j] = v[r][j];
+        }
     }
 }
 
@@ -84,15 +97,17 @@ __global__ void blend_columns_naive(float *dw, const float *dout, const float *x
     dw[c] += SMEAR ? sum * g * (1 - g) : sum;
 }
 
-// tiled: a block takes BLEND_ROWS rows and 32 W channels, its eight warps a row each in turn; a lane
-// sums its own channels, and the warps' sums meet in shared memory. Bytes: smear dout and x once
-// (their neighbours are in L1), dx: 50 MB; skip the same. Partial sums: 683 blocks * C floats.
-enum { BLEND_ROWS = 6 * WARPS, MANY = 8192 };
+// tiled: a block takes BLEND_ROWS rows and 32 W channels, its eight warps a row each in turn; a
+// lane sums its own channels, and the warps' sums meet in shared memory. Bytes: smear dout and x
+// once (their neighbours are in L1), dx: 50 MB; skip the same. Partial sums: 512 blocks * C floats.
+// 64 rows leave 32768 of them to one wave of blocks, four to each of 132 multiprocessors.
+enum { BLEND_ROWS = 8 * WARPS, MANY = 8192 };
 static int blend_rows_of(size_t N) { return N < MANY ? (int)WARPS : (int)BLEND_ROWS; }
 
 template <bool SMEAR, int W, typename A>
-__global__ void blend_backward(A *dx, float *part, const A *dout, const A *x, const float *w,
-                               size_t N, int T, int C, int rows) {
+__global__ void __launch_bounds__(THREADS, 4)
+blend_backward(A *__restrict__ dx, float *part, const A *__restrict__ dout,
+               const A *__restrict__ x, const float *w, size_t N, int T, int C, int rows) {
     begin_dependent();
     __shared__ float sums[WARPS][32 * W];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -100,6 +115,7 @@ __global__ void blend_backward(A *dx, float *part, const A *dout, const A *x, co
     const size_t begin = (size_t)blockIdx.x * rows, end = begin + rows < N ? begin + rows : N;
     float g[W] = {}, sum[W] = {};
     for (int j = 0; SMEAR && j < W && c < C; j++) g[j] = smear_gate(w[c + j]);
+#pragma unroll 2
     for (size_t n = begin + warp; n < end && c < C; n += WARPS) {
         const unsigned t = (unsigned)n % (unsigned)T;
         float d[W], next[W] = {}, v[W], before[W] = {};
@@ -148,11 +164,12 @@ template <bool SMEAR, typename A>
 static void launch_blend(act *out, const act *x, const act *from, const real *w, size_t N, int T,
                          int C) {
     const char *name = SMEAR ? "smear_forward_tiled" : "skip_forward_tiled";
+    const unsigned blocks = blocks_for(N, WARPS * rows_at_once<SMEAR>);
     if (C % 8 == 0 && aligned16(out) && aligned16(x) && aligned16(from))
-        LAUNCH((blend_rows<SMEAR, 8, A>), blocks_for(N, WARPS), THREADS, (A *)out, (const A *)x,
+        LAUNCH((blend_rows<SMEAR, 8, A>), blocks, THREADS, (A *)out, (const A *)x,
                (const A *)from, w, N, T, C);
     else
-        LAUNCH((blend_rows<SMEAR, 1, A>), blocks_for(N, WARPS), THREADS, (A *)out, (const A *)x,
+        LAUNCH((blend_rows<SMEAR, 1, A>), blocks, THREADS, (A *)out, (const A *)x,
                (const A *)from, w, N, T, C);
     LAUNCHED(name, 0, (SMEAR ? 2 : 3) * array_bytes(sizeof(A), N, C));
 }
@@ -288,9 +305,9 @@ static void lookup_backward_naive(real *dtable, const act *dout, const int *ids,
 // in order, four loads on their way together. Rows of the batch are cut into splits, so that a
 // common pair's rows are many warps' work; add_parts adds their sums.
 // Bound before: as many looks at all keys as the table has values; now rows / GROUP * D / 32.
-// Count for 4096 rows of 32 and 32768 keys: 256 warps * 1024 rounds of some 40 instructions, spread
-// over 32 splits, some 10 us of all multiprocessors; 2.1 MB of dout, 16.8 MB of partial sums, L2's.
-enum { GROUP = 16, SPLIT_ROWS = 1024, MOST_SUMS = 1 << 22 };
+// Count for 4096 rows of 32 and 32768 keys: 128 warps * 1024 rounds of some 40 instructions, spread
+// over 32 splits, some 6 us of all multiprocessors; 2.1 MB of dout, 16.8 MB of partial sums, L2's.
+enum { GROUP = 32, SPLIT_ROWS = 512, MOST_SUMS = 1 << 22 };
 
 static size_t lookup_splits(size_t N, int rows, int D) {
     size_t lists = ceil_div(N, SPLIT_ROWS), most = MOST_SUMS / ((size_t)rows * D);
@@ -306,7 +323,7 @@ __global__ void lookup_sums(float *to, const A *dout, const int *ids, LookupShap
     const int first = (blockIdx.x * WARPS + warp) * GROUP;
     const size_t N = (size_t)s.B * s.T, begin = blockIdx.y * split_rows;
     const size_t end = begin + split_rows < N ? begin + split_rows : N;
-    for (int g = 0; g < GROUP; g++) sums[warp][g][lane] = 0;  // each lane its own column: no barrier
+    for (int g = 0; g < GROUP; g++) sums[warp][g][lane] = 0;  // a lane's own column: no barrier
     for (size_t n0 = begin; n0 < end; n0 += 32) {
         const int key = n0 + lane < end ? lookup_key(ids, n0 + lane, s) : -1;
         unsigned found = __ballot_sync(~0u, key >= first && key < first + GROUP);
@@ -390,8 +407,8 @@ static void positions_naive(act *out, const act *x, const uint64_t *starts, int 
 }
 
 // tiled: a warp takes eight rows, a lane W neighbouring channels of each: their angular speeds, an
-// exponential in double each, serve all eight. Bytes: x and out, 33.6 MB. Some 40 instructions for a
-// sine and cosine leave memory the bound.
+// exponential in double each, serve all eight. Bytes: x and out, 33.6 MB. Some 40 instructions for
+// a sine and cosine leave memory the bound.
 // Bound before: an exponential in double for every value.
 enum { POSITION_ROWS = 8 };
 

@@ -183,7 +183,8 @@ SHARED_FN uint32_t mix_bits(uint32_t x) {
 // The row of a table for row n of ids, -1: none. A dropped byte has none, nor has a pair with one,
 // nor the first byte of a window, which is no pair.
 SHARED_FN int lookup_key(const int *ids, size_t n, LookupShape s) {
-    int id = ids[n], before = s.pairs && n % (size_t)s.T > 0 ? ids[n - 1] : BYTE_DROPPED;
+    // n is below 2^27, and division in 64 bits takes a GPU several times as long.
+    int id = ids[n], before = s.pairs && (uint32_t)n % (uint32_t)s.T ? ids[n - 1] : BYTE_DROPPED;
     if (id == BYTE_DROPPED || (s.pairs && before == BYTE_DROPPED)) return -1;
     if (!s.pairs) return id;
     return (int)((uint64_t)mix_bits((uint32_t)(before * V + id)) * (uint64_t)s.rows >> 32);

@@ -179,7 +179,7 @@ typedef struct {
 
 // ---- The operations of inputs and skips (mixers/inputs.c): a part of the table below
 //
-// All activations (N,C), but for rows of a table, which are (N,D). Parameters (C), a table (rows,D).
+// All activations (N,C), but for rows of a table, which are (N,D). Parameters (C), table (rows,D).
 typedef struct {
     // out[t] = (1-g) x[t] + g x[t-1], where g = sigmoid(gate) and x[-1] = 0
     void (*smear_forward)(act *out, const act *x, const real *gate, int B, int T, int C);

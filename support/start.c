@@ -1,5 +1,5 @@
-// start.c: what a model starts with: fresh parameters, and the text that it will be trained on. Read
-// model.h first.
+// start.c: what a model starts with: fresh parameters, and the text that it will be trained on.
+// Read model.h first.
 #include <math.h>
 #include <stdlib.h>
 

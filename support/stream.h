@@ -36,8 +36,8 @@ typedef struct {
 struct StreamUnit {
     const Unit *unit;
     const real *gain, *beta;  // of the norm at its door; NULL where there is none
-    const real *scale;        // of the skip that comes to it, and its stream as that brings it: (S,C)
-    real *kept;               // .. which the unit that it comes from writes
+    const real *scale;        // of the skip that comes to it
+    real *kept;               // (capacity, C) the stream that a skip takes from here, or brings
     void *data;               // the mixer's own
 };
 

@@ -2,9 +2,9 @@
 // its row (model.h, Mixer): a new row of mixers/list.h is tested by being there.
 //
 // From the row's declared numbers it writes units as text, puts each into four stacks, so that
-// units with and without a norm, a tail and an activation of its own stand above and below it (above
-// an input, which stands first), and gives every stack an ugly shape and options in turn, skips among
-// them. Then
+// units with and without a norm, a tail and an activation of its own stand above and below it
+// (above an input, which stands first), and gives every stack an ugly shape and options in turn,
+// skips among them. Then
 //   text        it parses, prints, and parses as the same unit; what the row forbids is refused;
 //   causality   byte t changes no output before t, nor another row; the row's reach is measured, on
 //               both sides of its edge;
@@ -483,7 +483,7 @@ static void logits_after(const Case *c, const real *params, uint64_t from, int n
     stream_free(&s);
 }
 
-// A text that begins far on: byte by byte as in a window that is told where it begins. And where the
+// A text that begins far on: byte by byte as in a window that is told where it begins. Where the
 // place in the text does not count, positions do by their differences alone.
 static void test_far_on(const Case *c) {
     enum { LONGEST = 1000, FAR = 10000019 };
