@@ -60,7 +60,7 @@ static const struct {
      "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},
     {"smear bigrams:4096:32 13x(attn:8:4096 mlp:2:lrelu2)",
      "--channels 512 --latent 0 --activation gelu --window 4096 --tie --softcap 30 "
-     "--norm-in --norm-out --no-bias --skips 2 --steps 6000 --batch 8 --seq 4096 --accum 4 "
+     "--norm-in --norm-out --no-bias --skips 2 --steps 2000 --batch 8 --seq 4096 --accum 4 "
      "--no-at-once --lr 3e-3 --min-lr 0 --warmup 200 --beta1 0.9 --beta2 0.95 "
      "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 500"},
 };

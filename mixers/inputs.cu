@@ -44,6 +44,8 @@ __global__ void blend_naive(float *out, const float *x, const float *from, const
 // exponential serves four rows. Bytes: smear x once, as the row before is in registers but for the
 // first, and out, 33.6 MB; skip x, from and out, 50 MB.
 // Bound before: 4 bytes a thread and load, an exponential a value.
+// Measured, 32768 rows of 256 in bf16 (gpu_time, 2026-11-25): smear 15.5 us with a row a warp, now
+// 10.1; skip 12.0, more than a copy's rate, as L2 has some of it.
 template <bool SMEAR>
 constexpr int rows_at_once = SMEAR ? 4 : 1;
 
@@ -100,7 +102,8 @@ __global__ void blend_columns_naive(float *dw, const float *dout, const float *x
 // tiled: a block takes BLEND_ROWS rows and 32 W channels, its eight warps a row each in turn; a
 // lane sums its own channels, and the warps' sums meet in shared memory. Bytes: smear dout and x
 // once (their neighbours are in L1), dx: 50 MB; skip the same. Partial sums: 512 blocks * C floats.
-// 64 rows leave 32768 of them to one wave of blocks, four to each of 132 multiprocessors.
+// Measured: smear 24.0 us (30.7 with 48 rows a block, one at a time), skip 21.9; 72 and 79 % of a
+// copy's rate. 64 rows leave 32768 of them to one wave of blocks, four to each of 132 multiprocessors.
 enum { BLEND_ROWS = 8 * WARPS, MANY = 8192 };
 static int blend_rows_of(size_t N) { return N < MANY ? (int)WARPS : (int)BLEND_ROWS; }
 
@@ -250,7 +253,7 @@ static double lookup_bytes(LookupShape s, size_t size) {
 }
 
 // A thread per W values, neighbours next to each other in out and in the table's row: 2.1 MB of
-// out for 32768 rows of 32 in bf16. naive is the same with W = 1.
+// out for 32768 rows of 32 in bf16, 2.0 us. naive is the same with W = 1.
 template <int W, typename A>
 __global__ void lookup_values(A *out, const int *ids, const float *table, LookupShape s) {
     begin_dependent();
@@ -307,6 +310,7 @@ static void lookup_backward_naive(real *dtable, const act *dout, const int *ids,
 // Bound before: as many looks at all keys as the table has values; now rows / GROUP * D / 32.
 // Count for 4096 rows of 32 and 32768 keys: 128 warps * 1024 rounds of some 40 instructions, spread
 // over 32 splits, some 6 us of all multiprocessors; 2.1 MB of dout, 16.8 MB of partial sums, L2's.
+// Measured: 27 us (39 with 16 rows a warp and a remainder in 64 bits); 1 % of a step.
 enum { GROUP = 32, SPLIT_ROWS = 512, MOST_SUMS = 1 << 22 };
 
 static size_t lookup_splits(size_t N, int rows, int D) {
@@ -409,7 +413,7 @@ static void positions_naive(act *out, const act *x, const uint64_t *starts, int 
 // tiled: a warp takes eight rows, a lane W neighbouring channels of each: their angular speeds, an
 // exponential in double each, serve all eight. Bytes: x and out, 33.6 MB. Some 40 instructions for
 // a sine and cosine leave memory the bound.
-// Bound before: an exponential in double for every value.
+// Bound before: an exponential in double for every value. Measured: float32 74 -> 29 us, bf16 12.4.
 enum { POSITION_ROWS = 8 };
 
 template <int W, typename A>
