@@ -126,7 +126,6 @@ size_t plain_input_work(size_t N, int rows, int D) { return (void)N, (void)rows,
 // They end in no activation and have no dropout. A gradient passes through the sum x + .. as it is:
 // what m->dx holds stays there, but for smear, which needs the rows that it would overwrite.
 
-// Of smear, and of skips.
 static size_t work_of_sums(const Model *m, const Unit *u) {
     return m->backend->inputs.work_bytes((size_t)m->B * (size_t)m->T, 0, u->C);
 }
@@ -134,7 +133,7 @@ static int64_t reach_0(const Unit *u) { return (void)u, 0; }
 static int64_t reach_1(const Unit *u) { return (void)u, 1; }
 
 typedef struct {
-    size_t gate;
+    size_t gate;  // (C)
 } Smear;
 
 static void describe_smear(Model *m, Unit *u) {
@@ -150,6 +149,7 @@ static void smear_forward(Model *m, Unit *u, const act *in, Epilogue end, const 
 static void smear_backward(Model *m, Unit *u, const act *in, const act *dy, Epilogue end,
                            const Pass *pass) {
     size_t gate = ((Smear *)u->data)->gate;
+    // dx[t] needs dout[t+1]: it is written elsewhere. Two places in turn serve any number of these.
     act *to = m->dx == m->dh ? m->x[m->U] : m->dh;
     (void)end, (void)pass;
     before_write(m, to);
