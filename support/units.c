@@ -103,7 +103,7 @@ static int parse_numbers(Parser *s, Unit *u) {
     for (int i = 0; i < declared; i++) u->numbers[i] = m->numbers[i].fallback;
     for (int i; *s->p == ':' && (i = which_number(m, next, s->p + 1)) >= 0;) {
         const char *at = ++s->p;
-        const Number *d = &m->numbers[i < declared ? i : declared - 1];
+        const Number *d = &m->numbers[i < declared || declared == 0 ? i : declared - 1];
         if (i == most || (i == next && i < declared && d->prefix && is_digit(*at))) {
             snprintf(what, sizeof what, "%s takes at most %d numbers%s", m->name, i,
                      i == most ? "" : " without a letter");
