@@ -16,7 +16,7 @@
 
 typedef struct {
     int device;
-    const char *kernels, *only;
+    const char *kernels, *only, *units;
     int64_t batch, seq, threads;
     double seconds;
     bool tsv;
@@ -28,6 +28,7 @@ static Option table[] = {
     CHOICE("device", NOT_SAVED, &opt.device, device_names, "NAME", "where to compute"),
     TEXT("kernels", NOT_SAVED, &opt.kernels, "NAME", "who computes"),
     TEXT("only", NOT_SAVED, &opt.only, "LIST", "tables by name, commas between"),
+    TEXT("units", NOT_SAVED, &opt.units, "TEXT", "of step, layers, in place of the paper's stack"),
     INT("batch", NOT_SAVED, &opt.batch, 0, 1 << 20, "B", "of step, layers, ladder; 0 = usual"),
     INT("seq", NOT_SAVED, &opt.seq, 0, 1 << 24, "T", "of step, layers, ladder; 0 = usual"),
     INT("threads", NOT_SAVED, &opt.threads, 0, 4096, "N", "CPU threads, 0 = all cores"),
@@ -56,7 +57,8 @@ static void note_command(int argc, char **argv) {
         if (only && !argv[i][6]) i++;  // its value is a word of its own
         if (only || strcmp(argv[i], "--tsv") == 0) continue;
         size_t used = strlen(command);
-        snprintf(command + used, sizeof command - used, " %s", argv[i]);
+        snprintf(command + used, sizeof command - used, strchr(argv[i], ' ') ? " \"%s\"" : " %s",
+                 argv[i]);
     }
 }
 
@@ -117,9 +119,8 @@ static Training training(void) {
                                 .eps = 1e-8, .clip = 1}};
 }
 
-// The paper's configuration at B x T on `be`; -1 where it does not fit.
-static int open_model(Model *m, const Backend *be, int B, int T, Error *e) {
-    Config c = config_paper();
+// A model at B x T on `be`; -1 where it does not fit.
+static int open_config(Model *m, const Backend *be, const Config *c, int B, int T, Error *e) {
     Training t = training();
     size_t n = (size_t)4 * T + 65536;
     uint64_t length = n;
@@ -127,13 +128,21 @@ static int open_model(Model *m, const Backend *be, int B, int T, Error *e) {
     if (!text) return fail(e, "out of memory");
     for (size_t i = 0; i < n; i++)
         text[i] = (uint8_t)philox(1, (uint32_t)i, 0, 0, RNG_TEST).v[0];
-    int failed = model_open(m, be, &c, B, T, &t, e);
+    int failed = model_open(m, be, c, B, T, &t, e);
     if (!failed && (model_init_params(m, 1, e) || model_set_corpus(m, text, &length, 1, e))) {
         model_free(m);
         failed = -1;
     }
     free(text);
     return failed;
+}
+
+// The paper's configuration, with --units in another stack.
+static int open_model(Model *m, const Backend *be, int B, int T, Error *e) {
+    Config c = config_paper();
+    if (opt.units && snprintf(c.units, sizeof c.units, "%s", opt.units) >= UNITS_TEXT)
+        return fail(e, "--units is longer than %d bytes", UNITS_TEXT - 1);
+    return open_config(m, be, &c, B, T, e);
 }
 
 // Waits until everything queued is done.
@@ -201,6 +210,47 @@ static void step_table(void) {
     }
     const int T[] = {128, 512, 2048};
     for (int i = 0; i < 3; i++) step_row(backend, cpu ? 16 : 32, T[i]);
+}
+
+// ---- Cost against length: as many bytes in a step, cut into fewer and longer windows ------------
+
+// Stacks of nearly as many parameters. window: what attention looks at, 0 = T. A mixer more is a
+// row more.
+static const struct {
+    const char *name, *units;
+    int window;
+} stacks[] = {
+    {"conv", "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", 0},
+    {"attn:W=T", "2x(attn:4 mlp:4)", 0},
+    {"attn:W=512", "2x(attn:4 mlp:4)", 512},
+};
+enum { N_STACKS = sizeof stacks / sizeof *stacks };
+
+static void length_row(int stack, int channels, int B, int T) {
+    Config c = {.channels = channels, .latent = channels, .activation = ACT_gelu, .tie = true};
+    Model m;
+    Error e;
+    snprintf(c.units, sizeof c.units, "%s", stacks[stack].units);
+    c.window = stacks[stack].window ? stacks[stack].window : T;
+    if (open_config(&m, backend, &c, B, T, &e)) die(&cli, &e);
+    double spread, s = step_seconds(&m, &spread);
+    row("%s\t%d\t%.3f\t%.0f\t%.1f\t%zu\t%.0f%%", stacks[stack].name, T, s * 1e3, B * T / s,
+        (double)model_memory(&m) / 1e6, m.n_params, spread * 100);
+    model_free(&m);
+}
+
+static void length_table(void) {
+    bool cpu = on_cpu();
+    int bytes = cpu ? 4096 : 65536, first = cpu ? 128 : 512, last = bytes / (cpu ? 1 : 2);
+    int channels = cpu ? 128 : 256;
+    char what[96];
+    snprintf(what, sizeof what, "a training step of %d bytes by the length T of its windows, C %d",
+             bytes, channels);
+    title("length", what);
+    for (int i = 0; i < N_STACKS; i++) printf("# %s: %s\n", stacks[i].name, stacks[i].units);
+    row("stack\tT\tms\tbytes/s\tMB\tparameters\tspread");
+    for (int i = 0; i < N_STACKS; i++)
+        for (int T = first; T <= last; T *= 2) length_row(i, channels, bytes / T, T);
 }
 
 // ---- Where a step's time goes: on the CPU by operation, on a GPU by kernel ----------------------
@@ -477,6 +527,7 @@ static const struct {
 } tables[] = {
     {"step", "a whole training step at several lengths", step_table, true, true},
     {"layers", "where its time goes: by operation, on a GPU by kernel", layers_table, true, true},
+    {"length", "a step's time and memory by the length of its windows", length_table, true, true},
     {"stream", "generation on the CPU", stream_table, true, false},
     {"table1", "the paper's Table 1 on the GPU", table1, false, true},
     {"memory", "the paper's memory table", memory_table, false, true},

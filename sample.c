@@ -20,7 +20,7 @@
 #include "support/stream.h"
 
 typedef struct {
-    const char *prompt, *prompt_file, *stop, *score, *heat, *latents;
+    const char *prompt, *prompt_file, *stop, *score, *windows, *heat, *latents;
     int64_t bytes, top_k, streams, threads;
     double temperature, top_p;
     uint64_t seed;
@@ -52,6 +52,8 @@ static Option table[] = {
     {.kind = OPT_SECTION, .help = "measure a file (- is standard input)"},
     {.name = "score", .kind = OPT_TEXT, .value = &opt.score, .arg = "FILE",
      .help = "nats and bits per byte, perplexity"},
+    {.name = "windows", .kind = OPT_TEXT, .value = &opt.windows, .arg = "T:S",
+     .help = "with --score: T bytes in, a target behind each; again every S, for new targets"},
     {.name = "heat", .kind = OPT_PAGE, .value = &opt.heat, .arg = "[OUT.html]",
      .help = "with --score: every byte by its surprise, in colour, as TSV or a page"},
     {.name = "latents", .kind = OPT_TEXT, .value = &opt.latents, .arg = "OUT.npy FILE",
@@ -281,6 +283,9 @@ static void generate(const char *model) {
 //   window 0   [RF-1 | SEGMENT ]
 //   window 1           [RF-1 | SEGMENT ]        reads RF-1 + SEGMENT bytes, gives SEGMENT outputs
 //   window 2                     [RF-1 | SEGMENT ]
+//
+// --windows T:S is the same with S for SEGMENT and T - S for RF-1: now outputs may lack some of
+// what the model would see, as where a text is scored by a model that holds T bytes and no more.
 
 // Outputs at n consecutive bytes, the first of which is byte `first` of the file.
 typedef struct {
@@ -293,11 +298,19 @@ typedef struct {
 typedef void (*Visit)(void *arg, const Part *part);
 
 typedef struct {
-    size_t context, segment;  // RF-1, SEGMENT
+    size_t context, segment;  // RF-1, SEGMENT; T - S, S
     uint8_t *bytes;           // of the windows in hand
     size_t have;
     real *losses, *latents, *logits, *z;
 } Windows;
+
+// Whether text is T:S as --windows has it.
+static bool read_windows(const char *text, size_t *T, size_t *S) {
+    int used = 0;
+    return strspn(text, "0123456789:") == strlen(text) &&
+           sscanf(text, "%9zu:%9zu%n", T, S, &used) == 2 && text[used] == 0 && *S >= 1 &&
+           *S <= *T && *T <= MAX_WINDOW;
+}
 
 static void open_windows(Windows *w, const Stream *s, bool latents) {
     size_t D = (size_t)s->table.config.latent, S = (size_t)s->capacity;
@@ -305,6 +318,9 @@ static void open_windows(Windows *w, const Stream *s, bool latents) {
     // Long enough that the context costs little, short enough for 64 MB of latents.
     size_t most = ((size_t)1 << 24) / (S * D);
     w->segment = 16 * w->context > 1024 ? 16 * w->context : 1024;
+    size_t T, stride;
+    if (opt.windows && read_windows(opt.windows, &T, &stride))
+        w->context = T - stride, w->segment = stride;
     if (latents && w->segment > most) w->segment = most ? most : 1;
     size_t outputs = w->context + S * w->segment;
     double need = (double)outputs * (1 + sizeof(real) * (latents ? 1. + (double)D : 1.));
@@ -313,9 +329,9 @@ static void open_windows(Windows *w, const Stream *s, bool latents) {
     // The rings grow into their memory, so that it still counts as free.
     if (stream_memory(&s->table.config, s->capacity, &weights, &rings, &e)) stop(&e);
     if (need + rings > there)
-        stop((fail(&e, "the model sees %zu bytes: windows of it need %.3g GB of memory beside %.3g "
-                       "GB for what the units keep of the past, and %.3g GB are free",
-                   w->context + 1, need / 1e9, rings / 1e9, there / 1e9), &e));
+        stop((fail(&e, "windows of %zu bytes, %zu of them context, need %.3g GB of memory beside "
+                       "%.3g GB for what the units keep of the past, and %.3g GB are free",
+                   w->context + w->segment, w->context, need / 1e9, rings / 1e9, there / 1e9), &e));
     w->bytes = malloc(outputs + 1);
     w->losses = malloc(outputs * sizeof(real));
     w->logits = malloc(S * V * sizeof(real));
@@ -695,7 +711,14 @@ static void check_usage(void) {
                     opt.latents ? "OUT.npy FILE" : "IN OUT");
     if (cli.n_files > expected)
         usage_error(&cli, "one argument too many: %s%s", cli.files[expected], "");
-    if (opt.heat && !opt.score) usage_error(&cli, "--heat goes with --score FILE%s%s", "", "");
+    if ((opt.heat || opt.windows) && !opt.score)
+        usage_error(&cli, "--%s goes with --score FILE%s", opt.heat ? "heat" : "windows", "");
+    size_t T, S;
+    char bound[16];
+    snprintf(bound, sizeof bound, "%d", MAX_WINDOW);
+    if (opt.windows && !read_windows(opt.windows, &T, &S))
+        usage_error(&cli, "--windows is '%s', expected T:S, whole numbers with 1 <= S <= T <= %s",
+                    opt.windows, bound);
     if (opt.prompt && opt.prompt_file)
         usage_error(&cli, "choose one of --prompt and --prompt-file%s%s", "", "");
     if (opt.streams > 1 && opt.bytes == 0)

@@ -92,7 +92,8 @@ static int open_models(Run *r, Error *e) {
         return -1;
     Error why;
     if (model_open(&scorer, r->backend, &r->config, (int)B, (int)T, NULL, &why))
-        return fail(e, "to evaluate: %.400s", why.text);
+        return fail(e, "to evaluate: %.400s, or --units that reach less than %lld bytes back",
+                    why.text, (long long)context - 1);
     // 4: params, m, v and ema of a state file at once; and the best
     size_t bytes = r->model.n_params * sizeof(real);
     if (host_memory(5 * bytes, "copies of the parameters", e)) return -1;

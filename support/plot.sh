@@ -55,9 +55,25 @@ plot_run() {
         title 'held out' $level"
 }
 
+# Time and memory of a step by T, a curve for each stack of the table, whichever it has.
+by_length="set terminal pngcairo noenhanced size 900,440; set output 'picture'; \
+    set datafile separator '\\t'; set multiplot layout 1,2; set logscale x 2; set logscale y; \
+    set grid; set key left; set xlabel 'T, bytes of a window'; \
+    names = ''; note(s) = (strstrt(names, s.' ') ? 0 : (names = names.s.' ', 0)); \
+    stats 'data' every ::1 using (note(strcol(1))) nooutput; \
+    set ylabel 'ms a step'; plot for [s in names] 'data' every ::1 \
+    using (strcol(1) eq s ? \$2 : NaN):3 with linespoints lw 2 title s; \
+    set ylabel 'MB'; unset logscale y; set yrange [0:*]; set key bottom; \
+    plot for [s in names] 'data' every ::1 \
+    using (strcol(1) eq s ? \$2 : NaN):5 with linespoints lw 2 title s"
+
 # Tables by name, and after the colons the first and the last column to draw.
 plot_bench() {
     base=${input##*/}
+    if grep -q "^# length	" "$input"; then
+        drawn=1
+        draw "$folder/${base%.*}-length.png" "$by_length" length
+    fi
     for t in step:3:3 layers:3:3 stream:2:2 table1:2:4 memory:2:3 ladder:2:2; do
         name=${t%%:*} to=${t##*:} from=${t#*:}
         from=${from%:*}

@@ -130,8 +130,6 @@ static int lock_folder(Run *r, Error *e) {
     path_in(r, path, sizeof path, ".lock");
     int status = open_lock(r, path, e);
     if (status) return status;
-    // Refused now, not when the first save would have to be given up.
-    if (access(r->folder, W_OK)) return cannot_write(r, e);
     bool locked = flock(r->lock, LOCK_EX | LOCK_NB) == 0;
     if (!locked) {
         if (errno == EWOULDBLOCK) {
@@ -145,6 +143,9 @@ static int lock_folder(Run *r, Error *e) {
     // Between open and flock the holder of before may have moved the folder, and the lock with it.
     if (stat(path, &there) == 0 && fstat(r->lock, &ours) == 0 && there.st_dev == ours.st_dev &&
         there.st_ino == ours.st_ino) {
+        // Refused now, not when the first save would have to be given up; not before it is locked,
+        // because another may be moving it.
+        if (access(r->folder, W_OK)) return cannot_write(r, e);
         // Not before it is locked: a trainer may be writing it.
         ssize_t n = pread(r->lock, word, sizeof word, 0);
         if (n != 0 && (n != sizeof word || memcmp(word, "process ", sizeof word) != 0)) {

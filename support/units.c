@@ -99,7 +99,7 @@ static int parse_numbers(Parser *s, Unit *u) {
     const Mixer *m = u->mixer;
     const int declared = count_numbers(m), most = m->repeats ? MAX_NUMBERS : declared;
     char what[200];
-    int next = 0;
+    int next = 0, given = 0;  // a bit for each declared one
     for (int i = 0; i < declared; i++) u->numbers[i] = m->numbers[i].fallback;
     for (int i; *s->p == ':' && (i = which_number(m, next, s->p + 1)) >= 0;) {
         const char *at = ++s->p;
@@ -109,6 +109,11 @@ static int parse_numbers(Parser *s, Unit *u) {
                      i == most ? "" : " without a letter");
             return wrong(s, at, what);
         }
+        if (i < declared && given >> i & 1) {
+            snprintf(what, sizeof what, "%s of %s given twice", d->name, m->name);
+            return wrong(s, at, what);
+        }
+        given |= i < declared ? 1 << i : 0;
         if (!is_digit(*at)) s->p += strlen(d->prefix);
         else next++;
         if (number(s, &u->numbers[i])) return -1;
@@ -132,8 +137,12 @@ static int parse_arguments(Parser *s, Unit *u) {
     word(s, name);
     if (*name && m->activation) u->activation = activation_of(name);
     if (*name && m->activation && u->activation < N_ACTIVATIONS) return 0;
-    snprintf(what, sizeof what, "expected %s", m->activation ? "a number or an activation:"
-                                                              : "a number");
+    snprintf(what, sizeof what, "expected a number");
+    for (int i = 0; i < count_numbers(m); i++)
+        if (m->numbers[i].prefix)
+            snprintf(what + strlen(what), sizeof what - strlen(what), " or %s", m->numbers[i].word);
+    if (m->activation)
+        snprintf(what + strlen(what), sizeof what - strlen(what), " or an activation:");
     for (int a = 0; m->activation && a < N_ACTIVATIONS; a++)
         snprintf(what + strlen(what), sizeof what - strlen(what), " %s", activation_names[a]);
     return wrong(s, at, what);

@@ -138,6 +138,8 @@ plots 'a table' 0 'grep -q new b-step.png' bench b.tsv
 plots 'a name with ./' 0 'grep -q new table-step.png' bench ./table
 plots 'a name with -' 0 'grep -q new ./-t-step.png' bench -t
 plots 'a folder with a dot' 0 'grep -q new r.d/b-step.png && [ ! -e r-step.png ]' bench r.d/b
+printf '# length\tx\nstack\tT\tms\n' >"$bin/plots/l.tsv"
+plots 'cost against length' 0 'grep -q new l-length.png' bench l.tsv
 plots 'no table' 1 'grep -q "holds no table" "$bin/said"' bench kept
 rm "$bin/plots/it's/loss.png"
 if out=$(BIN=$bin PATH=$bin/tools:$PATH MAKEFLAGS= make --no-print-directory NVCC= plot \
@@ -176,6 +178,12 @@ if [ $got = 1 ] && echo "$out" | grep -q 'bench: cannot write to standard output
     passed=$((passed + 1)); echo "ok   bench says that it cannot write"
 else
     failed=$((failed + 1)); echo "FAIL bench on a full disk: status $got, $out"
+fi
+out=$(./bench --device cpu --only layers --units "attn:2 2x(mlp:1)" --batch 1 --seq 8 --seconds 0.01 2>&1)
+if echo "$out" | grep -q '^attention_backward  *1 ' && echo "$out" | grep -q -e '--units "attn:2 2x(mlp:1)"'; then
+    passed=$((passed + 1)); echo "ok   bench takes another stack, and says so"
+else
+    failed=$((failed + 1)); echo "FAIL bench --units: $out"
 fi
 rm -rf "$bin/out"
 

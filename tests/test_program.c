@@ -7,11 +7,25 @@
 
 // read_whole on a machine with 100,000 bytes of free memory.
 static size_t little(void) { return 100000; }
-static const Backend small = {.available = little};
+static const Backend small = {.name = "cpu", .available = little};
+// And what choose_backend finds on a GPU without tensor cores for bf16.
+#include "support/gpu.h"
+static const char *const *old_names(int *n) {
+    static const char *const names[] = {"naive", "tiled"};
+    return *n = 2, names;
+}
+static const Backend *old_gpu(const char *name, Error *e) {
+    static Backend gpu;
+    (void)e, gpu.name = name;
+    return &gpu;
+}
 #define cpu_backend small
+#define gpu_backend_names old_names
+#define gpu_backend old_gpu
 #include "support/options.h"
 #undef cpu_backend
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -317,6 +331,14 @@ static void test_memory(void) {
     model_free(&m);
     check_fails("vast.safetensors", 1, "1 stream needs 4.38e+03 GB of memory");
     check_fails("vast.safetensors --score text", 1, "1 stream needs 4.38e+03 GB of memory");
+    c.channels = c.latent = 16;
+    strcpy(c.units, "640x(attn:1:16777216)");
+    open_filled(&m, &c, 3);
+    save_or_die(in_folder("vast.safetensors"), &m);
+    check_fails("vast.safetensors", 1, "1 stream needs 1.42e+03 GB of memory");
+    check_fails("vast.safetensors --score text --windows 8:8", 1, "1 stream needs");
+    model_free(&m);
+    c.channels = c.latent = 1;
     strcpy(c.units, "300x(conv:2:1048576)");
     open_filled(&m, &c, 3);
     save_or_die(in_folder("far.safetensors"), &m);
@@ -517,6 +539,112 @@ static void test_score(void) {
     free(table);
 }
 
+// --windows T:S by hand: bits[i] of byte i, from the first window that has it as a target.
+static void score_by_hand(Model *m, const uint8_t *text, size_t n, size_t S, double *bits) {
+    size_t T = (size_t)m->T, scored = 1;
+    int *ids = calloc(2 * T, sizeof *ids), *targets = ids + T;
+    real *losses = new_reals(T);
+    need(ids != NULL, "out of memory");
+    bits[0] = 8;
+    for (size_t start = 0; scored < n; start += S) {
+        for (size_t i = 0; i < T; i++) {
+            ids[i] = start + i < n ? text[start + i] : 0;
+            targets[i] = start + i + 1 < n ? text[start + i + 1] : -1;
+        }
+        model_losses(m, ids, targets, losses);
+        for (size_t i = 0; i < T && start + i + 1 < n; i++)
+            if (start + i + 1 == scored) bits[scored++] = (double)losses[i] / log(2);
+    }
+    free(ids);
+    free(losses);
+}
+
+// The same sum in nats by model_score_windows, as model.h says.
+static double score_by_model(Model *m, const uint8_t *text, size_t n, size_t S) {
+    size_t T = (size_t)m->T, first = n < T + 1 ? n : T + 1;
+    double nats, rest = 0;
+    Error e;
+    if (model_score_windows(m, text, first, 0, 1, T, &nats, NULL, &e) ||
+        model_score_windows(m, text, n, first, T - S + 1, S, &rest, NULL, &e))
+        need(false, e.text);
+    return nats + rest;
+}
+
+// Whether --score --windows T:S --heat prints each byte once, its bits within 1e-3 of those by
+// hand, and their mean.
+static bool windows_match(const char *model, const char *path, size_t n, size_t S) {
+    char arguments[200];
+    size_t k, rows = 0;
+    double bits[1000], nats = NAN, sum = 0;
+    Model m;
+    Error e;
+    uint8_t *text = read_file(in_folder("text"), &k);
+    int T = atoi(path);
+    if (checkpoint_load_model(&m, in_folder(model), cpu, 1, T, &e)) need(false, e.text);
+    score_by_hand(&m, text, n, S, bits);
+    double by_model = score_by_model(&m, text, n, S);
+    write_bytes(in_folder("part"), text, n);
+    snprintf(arguments, sizeof arguments, "%s --score part --heat --windows %s", model, path);
+    bool right = sample(arguments) == 0;
+    char *table = (char *)read_file(in_folder("out"), &k), *row = table;
+    for (; right && (row = strchr(row, '\n')) && row[1]; rows++) {
+        long offset, byte;
+        double got;
+        right = sscanf(++row, "%ld\t%ld\t%lf", &offset, &byte, &got) == 3 && rows < n &&
+                offset == (long)rows && byte == text[rows] && fabs(got - bits[rows]) < 1e-3;
+        sum += bits[rows] * log(2);
+    }
+    free(table);
+    table = (char *)read_file(in_folder("err"), &k);
+    sscanf(table, "%lf nats/byte", &nats);
+    right = right && rows == n && fabs(nats - sum / (double)n) < 1e-5 &&
+            fabs(by_model - sum) < 1e-5 * sum;
+    free(table), free(text);
+    model_free(&m);
+    return right;
+}
+
+static void test_windows(void) {
+    static const char *const windows[] = {"1:1", "8:8", "8:3", "8:1", "20:7", "40:40", "40:39"};
+    static const char *const models[] = {"m.safetensors", "attention.safetensors"};
+    Model m;
+    open_filled(&m, &(Config){.channels = 24, .latent = 24, .activation = ACT_gelu, .window = 12,
+                              .units = "attn:3 conv:2:1 attn:2:5", .tie = true}, 13);
+    save_or_die(in_folder("attention.safetensors"), &m);
+    model_free(&m);
+    for (int j = 0; j < 2; j++)
+        for (int i = 0; i < 7; i++) {
+            size_t T = 0, S = 0;
+            sscanf(windows[i], "%zu:%zu", &T, &S);
+            // Shorter than a window; ends of the first and of later ones; and several passes.
+            const size_t n[] = {1, 2, T, T + 1, T + 2, T + S, T + S + 1, 2 * T + 3 * S + 2, 999};
+            int wrong = 0;
+            for (int k = 0; k < 9; k++)
+                if (!windows_match(models[j], windows[i], n[k], S)) {
+                    printf("     a text of %zu bytes\n", n[k]);
+                    wrong++;
+                }
+            check(wrong == 0, "--windows %s is the sum over windows made by hand: %s", windows[i],
+                  models[j]);
+        }
+    static const char *const bad[] = {"0:1", "8:0", "0:0", "8:9", "8", "8:", ":8", ":", "8:4:2",
+                                      "8:-4", "+8:4", "\" 8:4\"", "\"8: 4\"", "8:4x", "8,4",
+                                      "\"\"", "16777217:1", "1000000000:1",
+                                      "99999999999999999999:1", "8:18446744073709551617"};
+    char arguments[200];
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        snprintf(arguments, sizeof arguments, "m.safetensors --score text --windows %s", bad[i]);
+        check_fails(arguments, 2, "expected T:S, whole numbers with 1 <= S <= T <= 16777216;");
+    }
+    check_fails("m.safetensors --windows 8:4", 2, "--windows goes with --score FILE");
+    check_fails("m.safetensors --latents z9 text --windows 8:4", 2, "--windows goes with --score");
+#ifndef __SANITIZE_ADDRESS__
+    check(shell("ulimit -v 2000000; $S m.safetensors --score text --windows 16777216:16777216 "
+                "2>err") == 1 && shell("grep -q 'windows of .* GB' err") == 0,
+          "windows beyond the memory are refused");
+#endif
+}
+
 static void test_latents(void) {
     check(sample("m.safetensors --latents z.npy long") == 0, "--latents of a file");
     size_t n, k;
@@ -659,6 +787,34 @@ static void test_usage(void) {
     check(sample("--help") == 0 && file_size("out") > 500 && file_size("err") == 0, "--help");
 }
 
+// --kernels on a GPU without tensor cores: which backend, and what goes to stderr.
+static void test_old_gpu(void) {
+    static const struct {
+        const char *kernels, *name, *said;
+    } cases[] = {
+        {NULL, "tiled", "--kernels tiled: this GPU has no tensor cores for bf16\n"},
+        {"tiled", "tiled", ""},
+        {"naive", "naive", ""},
+    };
+    const Backend *b;
+    Error e = {""};
+    for (int i = 0; i < 3; i++) {
+        size_t n;
+        int kept = dup(2), to = open(in_folder("err"), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+        need(kept >= 0 && to >= 0 && dup2(to, 2) == 2, "a file for stderr");
+        bool chosen = choose_backend(&b, "auto", cases[i].kernels, &e) == 0;
+        need(dup2(kept, 2) == 2 && close(kept) == 0 && close(to) == 0, "stderr again");
+        char *said = (char *)read_file(in_folder("err"), &n);
+        check(chosen && strcmp(b->name, cases[i].name) == 0 && n == strlen(cases[i].said) &&
+                  memcmp(said, cases[i].said, n) == 0, "a GPU without bf16 takes %s and says: %.*s",
+              cases[i].name, n ? (int)n - 1 : 0, said);
+        free(said);
+    }
+    check(choose_backend(&b, "auto", "tensor", &e) == -1 &&
+              strstr(e.text, "no kernels named 'tensor', expected one of: plain cpu naive tiled") ==
+                  e.text, "asked for tensor: %s", e.text);
+}
+
 int main(void) {
     char here[1000];
     const char *other = getenv("SAMPLE");
@@ -670,6 +826,7 @@ int main(void) {
     test_generate();
     test_stop();
     test_score();
+    test_windows();
     test_page();
     test_latents();
     test_compress();
@@ -679,5 +836,6 @@ int main(void) {
     test_outputs();
     test_memory();
     test_usage();
+    test_old_gpu();
     return remove_folder_and_finish();
 }

@@ -134,18 +134,12 @@ check $? "sample --score is the trainer's held-out figure ($score, $logged)"
 
 # ---- What a run came to ----
 
-# The files in windows of 256 that do not overlap, each window scored as a file of its own: 257
-# bytes, of which sample charges ln 256 for the first. Nats per byte, as nanoGPT counts.
+# The files in windows of 256 that do not overlap, nats per byte as nanoGPT counts: without byte 0,
+# for which sample charges ln 256.
 in_windows() { # model, files
     model=$1; shift
-    for file; do
-        size=$(wc -c <"$file") at=0
-        while [ $((at + 1)) -lt $size ]; do
-            tail -c +$((at + 1)) "$file" | head -c 257 >window
-            "$root/sample" "$model" --score window 2>/dev/null
-            at=$((at + 256))
-        done
-    done | awk '{ sum += $1 * $7 - log(256); n += $7 - 1 } END { printf "%.6f", sum / n }'
+    for file; do "$root/sample" "$model" --score "$file" --windows 256:256; done |
+        awk '{ sum += $1 * $7 - log(256); n += $7 - 1 } END { printf "%.6f", sum / n }'
 }
 near() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a + 0 > 0 && (a - b) ^ 2 < 1e-10) }'; }
 logged() { tail -1 "$1/log.tsv" | grep '^# best' | grep -o '[0-9.]*$'; }
@@ -318,8 +312,9 @@ for round in 1 2 3 4 5; do # a finished run lies there; six begin at once
         [ $alive = 1 ] && break
         sleep 0.01
     done
-    [ $alive = 1 ] && [ -f race.1/model.safetensors ] && [ ! -e race.2 ] &&
-        wait_for race/log.tsv '^step' || lost=$((lost + 1))
+    # The five may be gone before the sixth has moved the run of before, whose log has a '^step', too.
+    [ $alive = 1 ] && wait_for race.1/log.tsv '^step' && wait_for race/log.tsv '^step' &&
+        [ -f race.1/model.safetensors ] && [ ! -e race.2 ] || lost=$((lost + 1))
     kill -9 $pids 2>/dev/null; wait $pids 2>/dev/null
 done
 check $lost "of six that begin at once one trains; the run of before is moved aside, once"
@@ -447,6 +442,9 @@ rm -f sparse
 fails --device cpu --channels 1024 --units "4x(conv:2:1048576)" --batch 1 --seq 16 --steps 1 --out sparse-out text &&
     grep -q 'to evaluate: needs .* GB' message
 check $? "and a scorer beyond it, by name"
+fails --device cpu --channels 64 --units attn:4:16777216 --batch 1 --seq 16 --steps 1 --out sparse-out text &&
+    grep -q 'to evaluate: needs .* GB.* or --units that reach less than 16777215 bytes back$' message
+check $? "and one for a window of attention that no memory holds"
 
 # ---- --init and --minutes ----
 
