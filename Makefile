@@ -90,7 +90,7 @@ endif
 
 # The model and its CPU backends; then what the programs share; then the GPU.
 MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c fast/attention.c support/units.c support/score.c \
-	support/stream.c support/weight_queue.c $(wildcard mixers/*.c))
+	support/start.c support/stream.c support/weight_queue.c $(wildcard mixers/*.c))
 CORE := $(MODEL) $(patsubst %,$(BUILD)/support/%.o,checkpoint describe heat output \
 	range_coder) $(CUDA_OBJECTS)
 TESTS := test_language test_gradcheck test_causality test_units test_model test_run \

@@ -367,6 +367,7 @@ const Backend plain_backend = {
     .conv_backward_weight = plain_conv_backward_weight,
     .attention = {plain_turn_forward, plain_turn_backward, plain_attention_forward,
                   plain_attention_backward, plain_attention_work},  // mixers/attn.c
+    .inputs = PLAIN_INPUTS,                                               // mixers/inputs.c
     .dropout_backward = plain_dropout_backward,
     .cross_entropy = plain_cross_entropy,
     .add_losses = plain_add_losses,

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "mixers/list.h"
 #include "support/arithmetic.h"
 #include "support/weight_queue.h"
 
@@ -46,13 +47,21 @@ int config_check(const Config *c, Error *e) {
     if (c->tie && c->latent != c->channels)
         return fail(e, "a tied head needs latent = channels, got %d and %d: leave --latent out or "
                        "add --no-tie", c->latent, c->channels);
+    if (c->tie && c->no_norm_out)
+        return fail(e, "a tied head needs the last LayerNorm: leave --no-norm-out out or add "
+                       "--no-tie");
     if (!memchr(c->units, 0, sizeof c->units))
         return fail(e, "units is longer than %d characters: use groups, Nx(...)", UNITS_TEXT - 1);
     Unit *units = malloc(MAX_UNITS * sizeof *units);
     if (!units) return fail(e, "out of host memory");
-    int n = units_parse(c->units, c->channels, c->activation, c->window, units, e);
+    int n = units_parse(c->units, c->channels, c->activation, c->window, units, e), others = n;
+    while (others > 0 && units[n - others].mixer->input) others--;
     free(units);
-    return n < 0 ? -1 : 0;
+    if (n < 0) return -1;
+    if (c->skips < 0 || (c->skips > 0 && others % c->skips))
+        return fail(e, "skips is %d, expected 0 (none) or a divisor of the %d units that are no "
+                       "inputs", c->skips, others);
+    return 0;
 }
 
 // ---- The table of tensors ----------------------------------------------------------------------
@@ -98,7 +107,13 @@ void add_linear(Model *m, const Unit *u, Linear *l, const char *name, bool linea
         add_tensor(m, u, &l->weight, full, 3, l->K, l->C, l->O);
     if (m->n_tensors > 0) m->tensors[m->n_tensors - 1].dil = l->dil;
     snprintf(full, sizeof full, "%s.bias", name);
-    add_tensor(m, u, &l->bias, full, 1, l->O, 0, 0);
+    l->bias = NO_BIAS;
+    if (!m->config.no_bias) add_tensor(m, u, &l->bias, full, 1, l->O, 0, 0);
+}
+
+void add_table(Model *m, const Unit *u, size_t *where, const char *name, int rows, int D) {
+    add_tensor(m, u, where, name, 2, rows, D, 0);
+    if (m->n_tensors > 0) m->tensors[m->n_tensors - 1].table = true;
 }
 
 // Sorts the tensors, matrices first, each kind in the order in which forward uses them, and gives
@@ -153,16 +168,17 @@ int model_describe(Model *m, Error *e) {
         model_free(m);
         return -1;
     }
-    add_tensor(m, NULL, &m->embedding, "embedding.weight", 2, V, C, 0);
-    add_norm(m, NULL, &m->norm_in, "norm_in");
+    add_table(m, NULL, &m->embedding, "embedding.weight", V, C);
+    if (!c->no_norm_in) add_norm(m, NULL, &m->norm_in, "norm_in");
     for (int i = 0; i < m->U; i++) {
         Unit *u = &m->units[i];
         if (u->mixer->norm) add_norm(m, u, &u->norm, "norm");
-        u->mixer->describe(m, u);
+        if (u->mixer->describe) u->mixer->describe(m, u);
         u->dropout = m->dropouts;
         m->dropouts += u->dropouts;
     }
-    add_norm(m, NULL, &m->norm_out, "norm_out");
+    skips_describe(m);
+    if (!c->no_norm_out) add_norm(m, NULL, &m->norm_out, "norm_out");
     // A tied head is the embedding read backwards, and the latents are the last norm's output.
     m->proj = (Linear){.K = 1, .C = C, .O = D, .dil = 1};
     m->head = (Linear){.K = 1, .C = D, .O = V, .dil = 1};
@@ -221,8 +237,13 @@ static size_t place_activations(Model *m, Arena a, bool training) {
     size_t wide = rows_bytes(m, width_of_z(m));
     m->n_waiting = 0;
     bool bare = false;  // a unit that does not end in an activation
-    // Inference keeps nothing: the residual stream alternates between two arrays.
-    for (int u = 0; u <= m->U; u++) m->x[u] = training || u < 2 ? place(&a, C) : m->x[u - 2];
+    // Inference keeps nothing but what a skip adds later: the stream alternates between two arrays.
+    act *two[2];
+    for (int u = 0, n = 0; u <= m->U; u++) {
+        bool kept = training || (u < m->U && m->units[u].skip.to);
+        m->x[u] = kept || n < 2 ? place(&a, C) : two[n % 2];
+        if (!kept) two[n++ % 2] = m->x[u];
+    }
     m->h = place(&a, C);
     m->z = place(&a, wide);
     // The side stream may read what it was given to the end of a pass: dh and dz then lie apart.
@@ -230,10 +251,11 @@ static size_t place_activations(Model *m, Arena a, bool training) {
     m->dz = m->side_stream ? place(&a, wide) : m->z;
     for (int i = 0; i < m->U && training; i++) {
         Unit *u = &m->units[i];
-        u->mixer->place(m, u, &a);
+        if (u->mixer->place) u->mixer->place(m, u, &a);
         u->dtail = u->tail;
         u->h = m->x[i];
-        bare = bare || !u->has_tail;
+        bare = bare || (!u->has_tail && u->dropouts > 0);
+        if (u->skip.from) u->skip.kept = place(&a, C);
     }
     m->dx = m->x[m->U];
     if (bare && m->training.dropout > 0) m->dy = place(&a, C);
@@ -241,6 +263,9 @@ static size_t place_activations(Model *m, Arena a, bool training) {
     m->ids = place(&a, N * sizeof *m->ids);
     m->targets = place(&a, N * sizeof *m->targets);
     m->losses = place(&a, N * sizeof *m->losses);
+    m->starts = place(&a, (size_t)m->B * sizeof *m->starts);
+    m->ones = place(&a, (size_t)m->n_ones * sizeof *m->ones);
+    m->sink = place(&a, (size_t)m->n_ones * sizeof *m->sink);
     return a.used;
 }
 
@@ -278,12 +303,12 @@ static int allocate(Model *m, Error *e) {
 }
 
 // Workspace is shared by all layers, which run one after another: the largest need counts. Every
-// matrix of the table is a layer, the embedding among them.
+// matrix of the table is a layer, the embedding among them, but not what inputs look up.
 static size_t work_needed(const Model *m) {
     size_t N = (size_t)m->B * (size_t)m->T, most = 0;
     for (int i = 0; i < m->n_tensors; i++) {
         const Tensor *t = &m->tensors[i];
-        if (t->ndim < 2) continue;
+        if (t->ndim < 2 || (t->table && t->offset != m->embedding)) continue;
         int K = t->ndim == 3 ? t->dims[0] : 1, C = t->dims[t->ndim - 2], O = t->dims[t->ndim - 1];
         size_t need = m->backend->work_bytes(N, K, C > O ? C : O, m->n_params);
         if (need > most) most = need;
@@ -291,6 +316,11 @@ static size_t work_needed(const Model *m) {
     for (int u = 0; u < m->U; u++) {
         const Mixer *mixer = m->units[u].mixer;
         size_t need = mixer->work ? mixer->work(m, &m->units[u]) : 0;
+        if (need > most) most = need;
+    }
+    if (m->config.skips || m->config.no_norm_in) {
+        int rows = m->config.no_norm_in ? V : 0;
+        size_t need = m->backend->inputs.work_bytes(N, rows, m->config.channels);
         if (need > most) most = need;
     }
     return most;
@@ -334,6 +364,8 @@ int model_open(Model *m, const Backend *backend, const Config *config, int B, in
     // The same walk again, now with memory under it.
     place_activations(m, (Arena){m->activations, 0}, training != NULL);
     if (!m->side_stream) m->side_work = m->work;
+    const real one = 1;
+    for (int i = 0; i < m->n_ones; i++) backend->upload(m->ones + i, &one, sizeof one);
     return 0;
 }
 
@@ -365,83 +397,6 @@ void model_write(Model *m, real *role, const real *host) {
     if (role == m->params && m->backend->sync_params) m->backend->sync_params(role, m->n_params);
 }
 
-// ---- Parameters and training text --------------------------------------------------------------
-
-// Two normal numbers of one Philox draw, by Box and Muller.
-static void normal_pair(Philox r, double out[2]) {
-    // In double, on the host: every backend is given the same values.
-    double u = (r.v[0] + 1.0) / 4294967296.0;  // in (0,1]: the logarithm is finite
-    double angle = 6.283185307179586 * r.v[1] / 4294967296.0, radius = sqrt(-2 * log(u));
-    out[0] = radius * cos(angle);
-    out[1] = radius * sin(angle);
-}
-
-int model_init_params(Model *m, uint64_t seed, Error *e) {
-    real *host = calloc(m->n_params, sizeof *host);
-    if (!host) return fail(e, "out of host memory");
-    for (int i = 0; i < m->n_tensors; i++) {
-        const Tensor *t = &m->tensors[i];
-        // Terms in the sum of one output: K*C of a conv (K,C,O), C of a linear layer (C,O).
-        int fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
-        // Small where logits are made, so that a fresh model finds all bytes about equally likely.
-        bool at_bytes = t->offset == m->embedding ||
-                        (!m->config.tie && t->offset == m->head.weight);
-        double std = at_bytes ? 0.02 : 1 / sqrt((double)fan_in);
-        for (size_t j = 0; j < t->size; j++) {
-            size_t k = t->offset + j;
-            // A draw gives two normal numbers, values k = 2i and 2i+1 of the parameters: each is a
-            // function of seed and k.
-            double pair[2] = {t->start, t->start};
-            if (t->decay)
-                normal_pair(philox(seed, (uint32_t)(k / 2), (uint32_t)(k / 2 >> 32), 0, RNG_INIT),
-                            pair);
-            host[k] = (real)(pair[k % 2] * (t->decay ? std : 1));
-        }
-    }
-    model_write(m, m->params, host);
-    // The average begins at the parameters, not at 0: it needs no bias correction.
-    if (m->ema) model_write(m, m->ema, host);
-    free(host);
-    return 0;
-}
-
-int model_set_corpus(Model *m, const uint8_t *text, const uint64_t *length, int parts, Error *e) {
-    if (m->text) return fail(e, "this model has its training text already");
-    // One allocation: starts (parts), windows (parts+1), then the bytes.
-    size_t index = (2 * (size_t)parts + 1) * sizeof(uint64_t), bytes = 0;
-    uint64_t *host = malloc(index);
-    if (!host) return fail(e, "out of host memory");
-    uint64_t *starts = host, *windows = host + parts;
-    windows[0] = 0;
-    for (int i = 0; i < parts; i++) {
-        starts[i] = bytes;
-        bytes += length[i];
-        // A window is T+1 bytes, T inputs and the last one's target: it can start at bytes
-        // 0 .. length-T-1 of its text, and so never spans two texts.
-        uint64_t fit = length[i] > (uint64_t)m->T ? length[i] - (uint64_t)m->T : 0;
-        windows[i + 1] = windows[i] + fit;
-    }
-    bool ok = windows[parts] > 0;
-    if (!ok) {
-        fail(e, "the training text is shorter than one window (--seq %d + 1 bytes): use a smaller "
-                "--seq or more text", m->T);
-    } else if (!(m->text = m->backend->alloc(index + bytes))) {
-        ok = false;
-        fail(e, "not enough %s memory for %zu bytes of training text", m->backend->name, bytes);
-    } else {
-        // Listed among the roles, so that model_free gives it back.
-        plan(m, "training text", index + bytes, &m->text);
-        m->backend->upload(m->text, host, index);
-        m->backend->upload((char *)m->text + index, text, bytes);
-        m->corpus = (Corpus){.text = (const uint8_t *)m->text + index,
-                             .starts = m->text,
-                             .windows = (const uint64_t *)m->text + parts,
-                             .n_windows = windows[parts], .parts = parts};
-    }
-    free(host);
-    return ok ? 0 : -1;
-}
-
 // ---- Forward -----------------------------------------------------------------------------------
 
 // The bound below which a random number of so many values drops with probability p.
@@ -465,8 +420,12 @@ ConvShape linear_shape(const Model *m, const Linear *l) {
     return (ConvShape){m->B, m->T, l->C, l->O, l->K, l->dil};
 }
 
+real *bias_of(real *values, const Linear *l) {
+    return l->bias == NO_BIAS ? NULL : values + l->bias;
+}
+
 void linear_forward(Model *m, const Linear *l, const act *x, Epilogue e) {
-    m->backend->conv_forward(x, m->params + l->weight, m->params + l->bias, e, linear_shape(m, l),
+    m->backend->conv_forward(x, m->params + l->weight, bias_of(m->params, l), e, linear_shape(m, l),
                              m->work);
 }
 
@@ -477,7 +436,13 @@ void linear_backward(Model *m, const Linear *l, const act *dy, Epilogue e) {
 // The tied head as a layer: E (V,C) read as the weights (1,C=V,O=C) of a linear layer from logits
 // to h, of which forward is then the backward:  logits[v] = sum_c E[v,c] h[c].
 static Linear tied_head(const Model *m) {
-    return (Linear){.weight = m->embedding, .K = 1, .C = V, .O = m->config.channels, .dil = 1};
+    return (Linear){.weight = m->embedding, .bias = NO_BIAS, .K = 1, .C = V,
+                    .O = m->config.channels, .dil = 1};
+}
+
+// The embedding as a table without a LayerNorm.
+static LookupShape byte_rows(const Model *m) {
+    return (LookupShape){m->B, m->T, V, m->config.channels, false};
 }
 
 act *model_latents(const Model *m) { return m->config.tie ? m->h : m->z; }
@@ -488,10 +453,14 @@ void model_forward(Model *m, const Pass *pass) {
     size_t N = (size_t)m->B * (size_t)m->T;
     int C = m->config.channels;
 
-    be->embed_forward(m->x[0], m->ids, P + m->embedding, P + m->norm_in.gain, P + m->norm_in.bias,
-                      N, C, m->work);
+    if (m->config.no_norm_in)
+        be->inputs.lookup_forward(m->x[0], m->ids, P + m->embedding, byte_rows(m));
+    else
+        be->embed_forward(m->x[0], m->ids, P + m->embedding, P + m->norm_in.gain,
+                          P + m->norm_in.bias, N, C, m->work);
     for (int i = 0; i < m->U; i++) {
         Unit *u = &m->units[i];
+        skip_forward(m, u);
         const act *in = m->x[i];
         if (u->mixer->norm) {
             be->norm_forward(m->h, in, P + u->norm.gain, P + u->norm.bias, N, C);
@@ -501,12 +470,14 @@ void model_forward(Model *m, const Pass *pass) {
         Epilogue end = {.out = m->x[i + 1], .residual = m->x[i]};
         u->mixer->forward(m, u, in, end, pass);
     }
-    be->norm_forward(m->h, m->x[m->U], P + m->norm_out.gain, P + m->norm_out.bias, N, C);
+    const act *h = m->config.no_norm_out ? m->x[m->U] : m->h;
+    if (!m->config.no_norm_out)
+        be->norm_forward(m->h, m->x[m->U], P + m->norm_out.gain, P + m->norm_out.bias, N, C);
     if (m->config.tie) {
         Linear E = tied_head(m);
         linear_backward(m, &E, m->h, (Epilogue){.dx = m->logits});
     } else {
-        linear_forward(m, &m->proj, m->h, (Epilogue){.out = m->z});
+        linear_forward(m, &m->proj, h, (Epilogue){.out = m->z});
         linear_forward(m, &m->head, m->z, (Epilogue){.out = m->logits});
     }
 }
@@ -549,9 +520,9 @@ static Epilogue into_stream(const Model *m, int i, bool accumulate) {
     return e;
 }
 
-// One layer's weight gradient by itself, for the head. with_bias: the tied head has none.
-static int head_weight(Model *m, const Linear *l, bool with_bias, const act *x, const act *dy) {
-    const WeightJob job = {m->grads + l->weight, with_bias ? m->grads + l->bias : NULL, x, dy, 1};
+// One layer's weight gradient by itself, for the head.
+static int head_weight(Model *m, const Linear *l, const act *x, const act *dy) {
+    const WeightJob job = {m->grads + l->weight, bias_of(m->grads, l), x, dy, 1};
     queue_now(m, &job, 1, linear_shape(m, l));
     return m->queue.fork;
 }
@@ -563,20 +534,25 @@ static int head_backward(Model *m) {
     real *G = m->grads;
     size_t N = (size_t)m->B * (size_t)m->T;
     int done;
+    m->dx = m->x[m->U];
     if (m->config.tie) {
         // forward:  logits[v] = sum_c E[v,c] h[c]
         //   dE[v,c] += dlogits[v] h[c]          dh[c] = sum_v dlogits[v] E[v,c]
         Linear E = tied_head(m);
-        done = head_weight(m, &E, false, m->dlogits, m->h);
+        done = head_weight(m, &E, m->dlogits, m->h);
         m->backend->conv_forward(m->dlogits, P + m->embedding, NULL, (Epilogue){.out = m->dh},
                                  linear_shape(m, &E), m->work);
     } else {
         // forward:  z = h proj + b;  logits = z head + b       (dz may replace z, dh may replace h)
         // Each weight gradient comes before the input gradient that overwrites what it reads.
-        head_weight(m, &m->head, true, m->z, m->dlogits);
+        const bool norm = !m->config.no_norm_out;
+        head_weight(m, &m->head, m->z, m->dlogits);
         linear_backward(m, &m->head, m->dlogits, (Epilogue){.dx = m->dz});
-        done = head_weight(m, &m->proj, true, m->h, m->dz);
-        linear_backward(m, &m->proj, m->dz, (Epilogue){.dx = m->dh});
+        done = head_weight(m, &m->proj, norm ? m->h : m->dx, m->dz);
+        if (!norm) before_write(m, m->dx);  // x[U], which the projection has read
+        linear_backward(m, &m->proj, m->dz,
+                        norm ? (Epilogue){.dx = m->dh} : into_stream(m, m->U, false));
+        if (!norm) return done;
     }
     // forward:  h = norm_out(x[U])        dx is written: nothing else has reached x[U] so far
     m->backend->norm_backward(NULL, G + m->norm_out.gain, G + m->norm_out.bias, m->dh,
@@ -595,19 +571,20 @@ static void unit_backward(Model *m, int i, const Pass *pass) {
     const act *dy = m->dx;  // the gradient by what the unit's last operation summed
     if (u->has_tail) {
         dy = u->dtail;  // made when dx[i+1] was whole
-    } else if (m->training.dropout > 0) {
+    } else if (m->training.dropout > 0 && u->dropouts > 0) {
         before_write(m, m->dy);
         m->backend->dropout_backward(m->dy, m->dx, unit_dropout(m, u, u->dropouts - 1, pass), N, C);
         dy = m->dy;
     }
     if (!u->mixer->norm) {
+        if (!u->mixer->input) skip_gradient(m, u);  // dy is u's dtail, so that dx may change
         u->mixer->backward(m, u, m->x[i], dy, into_stream(m, i, true), pass);
         return;
     }
     before_write(m, m->dh);
     m->queue.not_ready = u->h;
     u->mixer->backward(m, u, u->h, dy, (Epilogue){.dx = m->dh}, pass);
-    before_write(m, m->dx);
+    skip_gradient(m, u);
     // dx += what comes through the norm; the residual's own part stands in it already. x[i] becomes
     // h = norm(x[i]), recomputed in the same pass: the weight gradients want it.
     m->backend->norm_backward(u->h, G + u->norm.gain, G + u->norm.bias, m->dh, m->x[i],
@@ -621,13 +598,19 @@ void model_backward(Model *m, const Pass *pass) {
     const real *P = m->params;
     real *G = m->grads;
     const int head = head_backward(m);
-    for (int i = m->U - 1; i >= 0; i--) unit_backward(m, i, pass);
+    for (int i = m->U - 1; i >= 0; i--) {
+        unit_backward(m, i, pass);
+        skip_backward(m, &m->units[i]);
+    }
     queue_run(m, true);
     // A tied head's weight gradient has been added to the embedding's, too.
     if (head && m->config.tie) m->backend->join(head);
-    m->backend->embed_backward(G + m->embedding, G + m->norm_in.gain, G + m->norm_in.bias, m->dx,
-                               m->ids, P + m->embedding, P + m->norm_in.gain,
-                               (size_t)m->B * (size_t)m->T, m->config.channels, m->work);
+    if (m->config.no_norm_in)
+        m->backend->inputs.lookup_backward(G + m->embedding, m->dx, m->ids, byte_rows(m), m->work);
+    else
+        m->backend->embed_backward(G + m->embedding, G + m->norm_in.gain, G + m->norm_in.bias,
+                                   m->dx, m->ids, P + m->embedding, P + m->norm_in.gain,
+                                   (size_t)m->B * (size_t)m->T, m->config.channels, m->work);
     queue_join(m);
 }
 

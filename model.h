@@ -39,6 +39,11 @@ typedef struct {
     int window;              // the same: bytes that attention looks at; 0 = 512
     bool tie;                // logits = LayerNorm(h) E^T: no projection, no head of its own
     float softcap;           // logits = s*tanh(logits/s); 0 = none
+    bool no_norm_in;         // the first stream is the embedding as it is
+    bool no_norm_out;        // no LayerNorm before the head, which then is not tied
+    bool no_bias;            // linear layers and convs without
+    int skips;               // units of a layer; before layer L-1-i the stream as it was before
+                             // layer i, times a learned vector, is added to it. 0 = no skips
     char units[UNITS_TEXT];  // "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", see units_parse
 } Config;
 
@@ -63,7 +68,7 @@ typedef struct {
     const char *prefix;       // in the text: "kv" in attn:8:512:kv4; NULL: none
     const char *word;         // in --help: "H" of attn:H
 } Number;
-enum { LEFT_OUT = -1, MAX_DECLARED = 4 };
+enum { LEFT_OUT = -1, MAX_DECLARED = 5 };
 
 // What all passes of a training step share; NULL in inference, which keeps nothing for backward.
 typedef struct {
@@ -78,6 +83,9 @@ typedef struct Mixer {
     bool repeats;         // the last number may be given again and again
     bool activation;      // the text may end in :ACTIVATION
     bool norm;            // a LayerNorm stands at the unit's door
+    bool input;           // stands before all units that are none; has no dropout and no tail
+    bool absolute;        // what it does depends on the place in the text
+    bool bytes;           // its reach is counted from its own byte: it reads m->ids, not the stream
     size_t data_bytes;    // of Unit.data, the mixer's own struct
     // Gives what the text left out its value (window: the configuration's) and judges how the
     // numbers go together: 0, or -1 with the reason in `what` (200). NULL: nothing to do.
@@ -85,11 +93,12 @@ typedef struct Mixer {
     // Bytes back that an output reads, 0 = its own byte alone. Valid after units_parse.
     int64_t (*reach)(const Unit *u);
     // Lists the unit's tensors with add_linear and add_tensor; sets u->dropouts and u->has_tail.
+    // NULL: it has none of all these.
     void (*describe)(Model *m, Unit *u);
     // Channels of the widest array that forward or backward needs in m->z; NULL: C.
     size_t (*width)(const Unit *u);
     // For training: gives what forward keeps for backward its places; and u->tail, where the unit
-    // ends in an activation. (In inference all those places are NULL.)
+    // ends in an activation. (In inference all those places are NULL.) NULL: nothing.
     void (*place)(Model *m, Unit *u, Arena *a);
     // Bytes of workspace that forward and backward need beside the linear layers'; NULL: none.
     size_t (*work)(const Model *m, const Unit *u);
@@ -97,11 +106,11 @@ typedef struct Mixer {
     // dropout. Must not write `in`.
     void (*forward)(Model *m, Unit *u, const act *in, Epilogue end, const Pass *pass);
     // dy (N,C): the gradient by what the last operation summed, as u->tail says. in: what forward
-    // was given. Its gradient goes into `end`, in one operation; weight gradients are handed to
-    // weight_gradient.
+    // was given. Its gradient goes into `end`, in one operation, but for inputs: see inputs.c.
+    // Weight gradients are handed to weight_gradient.
     void (*backward)(Model *m, Unit *u, const act *in, const act *dy, Epilogue end,
                      const Pass *pass);
-    // One byte at a time (support/stream.h): lays out weights and state; takes a step.
+    // One byte at a time (support/stream.h): lays out weights and state (NULL: none); takes a step.
     size_t stream_bytes;  // of StreamUnit.data
     void (*stream_place)(Stream *s, StreamUnit *u);
     void (*stream_step)(const Stream *s, const StreamUnit *u);
@@ -114,7 +123,8 @@ extern const int n_mixers;
 typedef struct {
     size_t gain, bias;
 } Norm;
-// A conv, or with K = 1 a linear layer.
+// A conv, or with K = 1 a linear layer. Without a bias its offset is NO_BIAS.
+#define NO_BIAS SIZE_MAX
 typedef struct {
     size_t weight, bias;
     int K, C, O, dil;
@@ -132,6 +142,11 @@ struct Unit {
     bool has_tail;  // it ends in an activation ..
     act *tail;      // .. whose pre (N,C) this is
     act *dtail;     // the same place in backward: the gradient by that pre
+    struct {
+        Unit *from, *to;  // whose stream is added to this one's, and where this one's goes
+        size_t scale;     // with `from`: the learned vector
+        act *kept;        // (N,C) and in training the gradient by this unit's stream
+    } skip;
     act *h;        // (N,C) the place of x[u] in backward, once it holds norm(x[u]) again
     void *data;
 };
@@ -151,6 +166,8 @@ const char *unit_text(const Unit *u, Activation usual, char *buffer, size_t size
 bool unit_same(const Unit *a, const Unit *b);
 // 1 + the reach of all units: how many bytes, the current one included, an output can see.
 int64_t config_receptive_field(const Config *c);
+// Whether a unit depends on the place in the text.
+bool config_absolute(const Config *c);
 // none, gelu, ...; N_ACTIVATIONS where there is no such name.
 Activation activation_of(const char *name);
 extern const char *const activation_names[];  // NULL-terminated
@@ -165,6 +182,7 @@ typedef struct {
     int ndim;
     int dil;           // of a conv's weight; else 1
     bool decay;        // matrices are decayed, gains and biases are not
+    bool table;        // rows to be looked up: no layer; in files as it is here
     size_t offset;     // of its first value in params, grads, m, v and ema alike
     size_t size;
     size_t *where;     // the field that gets the offset
@@ -222,12 +240,16 @@ struct Model {
     act **x;                             // (U+1) x (N,C): the residual stream before each unit
     act *h, *z;                          // (N,C), (N,wide): layer outputs on their way
     act *dh, *dz;                        // their gradients: the same places, but with side stream
-    act *dx;                             // (N,C) gradient of the residual stream: x[U]'s place
+    act *dx;                             // (N,C) gradient of the residual stream: x[U]'s place at
+                                         // first; below a SmearGate perhaps dh's
     act *dy;                             // (N,C) dx where dropout kept it, for units without tail
     act *spare[2];                       // (N,C) place_waiting's, without side stream
     int n_waiting;                       // how many it has given out
     act *logits, *dlogits;               // (N,V), one place
     int *ids, *targets;                  // (N)
+    uint64_t *starts;                    // (B) where in its text a window begins: 0, but in scoring
+    real *ones, *sink;                   // (n_ones) gains that are none, and their gradients
+    int n_ones;
     real *losses;                        // (N)
     void *work, *side_work;              // workspaces; one without side stream
     StepState *state;
@@ -288,13 +310,16 @@ void model_losses(Model *m, const int *ids, const int *targets, real *losses);
 typedef bool (*ScoreStop)(size_t scored);
 int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, size_t context,
                         size_t stride, double *nats, ScoreStop stop, Error *e);
-// The same with the whole receptive field as context: neither figure depends on B and T.
+// There every window is a text of its own. The same of one text, with the whole receptive field as
+// context: neither figure depends on B and T.
 int model_score(Model *m, const uint8_t *text, size_t n, size_t from, double *nats,
                 ScoreStop stop, Error *e);
 // The same of about `part` of those bytes, never byte 0: in spans that fill a pass and lie evenly
 // over them, or all in one span, with byte 0. Adds to *nats and, a span at a time, to *scored.
+// Where the place in the text counts, windows as long as in training begin anew.
 int model_score_part(Model *m, const uint8_t *text, size_t n, size_t from, size_t part,
                      double *nats, size_t *scored, ScoreStop stop, Error *e);
+size_t score_part_pass(const Model *m);  // bytes that a pass of it scores
 
 // The parts of a step, for tests and for latents. model_forward reads m->ids. pass NULL: inference;
 // else dropout of step state->step, for rows from pass->first of the step's batch.
@@ -309,8 +334,10 @@ act *model_latents(const Model *m);               // z (N,D) of the last model_f
 void add_tensor(Model *m, const Unit *u, size_t *where, const char *name, int ndim, int d0, int d1,
                 int d2);
 // Weight <name>.weight, (K,C,O) or with linear (C,O), and bias <name>.bias of l, whose sizes are
-// set.
+// set; no bias where the configuration says so.
 void add_linear(Model *m, const Unit *u, Linear *l, const char *name, bool linear);
+// A tensor of rows that are looked up.
+void add_table(Model *m, const Unit *u, size_t *where, const char *name, int rows, int D);
 // In place: `bytes` of the activations' memory, at a multiple of 256.
 void *place(Arena *a, size_t bytes);
 // The same, (N,C), for what waits to be read by a weight gradient: with the side stream one of its
@@ -319,7 +346,9 @@ act *place_waiting(Model *m, Arena *a);
 // (N, channels) activations of this model, in bytes.
 size_t rows_bytes(const Model *m, int channels);
 
-// The shape of l on the rows of a pass; its dropout, number i of the unit's.
+// l's bias in params or grads, or NULL. The shape of l on the rows of a pass; its dropout, number i
+// of the unit's.
+real *bias_of(real *values, const Linear *l);
 ConvShape linear_shape(const Model *m, const Linear *l);
 Dropout unit_dropout(const Model *m, const Unit *u, int i, const Pass *pass);
 // sums of l on x into e; and backward, from the gradient dy of those sums, to x.

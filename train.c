@@ -19,14 +19,14 @@
 // The defaults: the recipe sought on TinyShakespeare, where it does not depend on that text.
 Options opt = {
     .channels = 256, .units = "3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)", .activation = ACT_gelu,
-    .tie = true, .softcap = 30,
+    .tie = true, .norm_in = true, .norm_out = true, .bias = true, .softcap = 30,
     .steps = 1500, .batch = 16, .seq = 512, .accum = 1, .lr = 4e-3, .warmup = 100, .beta1 = 0.9,
     .beta2 = 0.95, .weight_decay = 1, .clip = 1, .dropout = 0.1, .byte_dropout = 0.1, .seed = 1,
     .val_frac = 0.1, .eval_every = 250, .sample_bytes = 400, .save_every = 10, .out = "out",
 };
 
 static const char *const preset_names[] = {"default", "paper", "small", "shakespeare",
-                                           "hybrid", NULL};
+                                           "hybrid", "transformer", "golf", NULL};
 // What a preset sets, as it would be typed, and its units. Options on the command line win. All but
 // `default` leave nothing to the defaults: those may move, the figures of these shall not.
 static const struct {
@@ -34,25 +34,35 @@ static const struct {
 } presets[] = {
     {NULL, ""},
     {"3x(block:3:1:2:4)",
-     "--channels 256 --latent 0 --activation gelu --window 0 --no-tie "
-     "--softcap 0 --steps 1500 --batch 16 --seq 512 --accum 1 --no-at-once --lr 2e-3 --min-lr 0 "
-     "--warmup 100 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 "
-     "--dropout 0 --byte-dropout 0 --eval-every 250"},
+     "--channels 256 --latent 0 --activation gelu --window 0 --no-tie --softcap 0 "
+     "--norm-in --norm-out --bias --skips 0 --steps 1500 --batch 16 --seq 512 --accum 1 "
+     "--no-at-once --lr 2e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 "
+     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},
     {"2x(conv:3:1 conv:3:2 conv:3:4)",
-     "--channels 128 --latent 0 --activation gelu --window 0 --tie "
-     "--softcap 30 --steps 1200 --batch 16 --seq 256 --accum 1 --no-at-once --lr 4e-3 --min-lr 0 "
-     "--warmup 50 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 "
-     "--dropout 0.05 --byte-dropout 0.05 --eval-every 200"},
+     "--channels 128 --latent 0 --activation gelu --window 0 --tie --softcap 30 "
+     "--norm-in --norm-out --bias --skips 0 --steps 1200 --batch 16 --seq 256 --accum 1 "
+     "--no-at-once --lr 4e-3 --min-lr 0 --warmup 50 --beta1 0.9 --beta2 0.99 "
+     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200"},
     {"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)",
-     "--channels 256 --latent 0 --activation gelu --window 0 --tie "
-     "--softcap 30 --steps 2900 --batch 64 --seq 512 --accum 1 --at-once --lr 6e-3 --min-lr 0 "
-     "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 4 --clip 1 --ema 0 "
-     "--dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
+     "--channels 256 --latent 0 --activation gelu --window 0 --tie --softcap 30 "
+     "--norm-in --norm-out --bias --skips 0 --steps 2900 --batch 64 --seq 512 --accum 1 "
+     "--at-once --lr 6e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
+     "--weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
     {"3x(conv:2:1 attn:4 mlp:2)",
-     "--channels 256 --latent 0 --activation gelu --window 512 --tie "
-     "--softcap 30 --steps 2900 --batch 64 --seq 512 --accum 1 --at-once --lr 5e-3 --min-lr 0 "
-     "--warmup 100 --beta1 0.9 --beta2 0.95 --weight-decay 1 --clip 1 --ema 0 "
-     "--dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
+     "--channels 256 --latent 0 --activation gelu --window 512 --tie --softcap 30 "
+     "--norm-in --norm-out --bias --skips 0 --steps 2900 --batch 64 --seq 512 --accum 1 "
+     "--at-once --lr 5e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
+     "--weight-decay 1 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
+    {"positions 2x(attn:4:r0:n0 mlp:4)",
+     "--channels 256 --latent 0 --activation gelu --window 512 --no-tie --softcap 0 "
+     "--no-norm-in --no-norm-out --bias --skips 0 --steps 1500 --batch 16 --seq 512 --accum 1 "
+     "--no-at-once --lr 1e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 "
+     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},
+    {"smear bigrams:4096:32 13x(attn:8:4096 mlp:2:lrelu2)",
+     "--channels 512 --latent 0 --activation gelu --window 4096 --tie --softcap 30 "
+     "--norm-in --norm-out --no-bias --skips 2 --steps 2000 --batch 8 --seq 4096 --accum 4 "
+     "--no-at-once --lr 3e-3 --min-lr 0 --warmup 200 --beta1 0.9 --beta2 0.95 "
+     "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 500"},
 };
 const char *const device_names[] = {"auto", "cpu", "cuda", NULL};
 
@@ -68,6 +78,11 @@ static Option table[] = {
     INT("window", SAVED, &opt.window, 0, MAX_WINDOW, "W", "of attention, in bytes; 0 = --seq"),
     FLAG("tie", SAVED, &opt.tie, "the head is the embedding, transposed"),
     NUMBER("softcap", SAVED, &opt.softcap, 0, 1e6, "S", "logits = S tanh(logits/S), 0 = off"),
+    INT("skips", SAVED, &opt.skips, 0, MAX_UNITS, "N", "N units are a layer; before layer L-1-i "
+        "the stream from before layer i\n                           comes back, 0 = never"),
+    FLAG("norm-in", SAVED, &opt.norm_in, "a LayerNorm after the embedding"),
+    FLAG("norm-out", SAVED, &opt.norm_out, "and one before the head"),
+    FLAG("bias", SAVED, &opt.bias, "linear layers and convs have biases"),
     SECTION("training; on a CPU without --minutes, --steps and --preset: --minutes 5"),
     NUMBER("minutes", NOT_SAVED, &opt.minutes, 0, 1e6, "X", "fit steps and size to the time"),
     INT("steps", SAVED, &opt.steps, 1, 2e9, "N", "optimizer steps"),
@@ -146,10 +161,14 @@ double step_bytes(void) {
 // A nat is 1/ln 2 bits.
 static double bits(double nats) { return nats / 0.6931471805599453; }
 
-// Operations of a step: 2 to a parameter and byte in forward, 4 in backward. The embedding is
-// looked up, which costs none, unless the head, tied to it, multiplies by it.
+// Operations of a step: 2 to a parameter and byte in forward, 4 in backward. Tables are looked up,
+// which costs none, unless the head, tied to the embedding, multiplies by it.
 double step_operations(const Run *r) {
-    size_t looked_up = r->config.tie ? 0 : (size_t)V * (size_t)r->config.channels;
+    size_t looked_up = 0;
+    for (int i = 0; i < r->model.n_tensors; i++) {
+        const Tensor *t = &r->model.tensors[i];
+        if (t->table && !(r->config.tie && t->offset == r->model.embedding)) looked_up += t->size;
+    }
     return 6.0 * (double)(r->model.n_params - looked_up) * step_bytes();
 }
 
@@ -202,8 +221,7 @@ static int held_out_loss(Run *r, size_t most, double *loss, size_t *scored) {
     double sum = 0;
     Error e;
     // A pass at least: it costs as much as a part of one, and few bytes say little.
-    size_t context = (size_t)config_receptive_field(&r->config);
-    size_t pass = (size_t)scorer.B * ((size_t)scorer.T - context + 1);
+    size_t pass = score_part_pass(&scorer);
     if (most < pass) most = pass < data.n_held_out ? pass : data.n_held_out;
     watch.scored = 0;
     watch.to_score = most;

@@ -584,6 +584,7 @@ const Backend cpu_backend = {
     .conv_backward_weight = cpu_conv_backward_weight,
     .attention = {plain_turn_forward, plain_turn_backward, cpu_attention_forward,
                   cpu_attention_backward, cpu_attention_work},  // fast/attention.c
+    .inputs = PLAIN_INPUTS,
     .dropout_backward = plain_dropout_backward,
     .cross_entropy = plain_cross_entropy,
     .add_losses = plain_add_losses,

@@ -50,8 +50,8 @@ static inline size_t window_start_of(AttentionShape s, size_t n) {
     size_t t = n % (size_t)s.T, W = (size_t)s.W;
     return n - (t < W ? t : W - 1);
 }
-// The first `heads` heads of a row of qkv, as turn_forward; rms (heads) may be NULL.
-void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t);
+// The heads of q and k of a row of qkv at position t, as turn_forward; rms (H+G) may be NULL.
+void turn_row(real *qk, real *rms, AttentionShape s, uint64_t t);
 // a[i] = q . k[i] for n keys; channel c of key i lies at k[c*ld + i].
 void attention_scores(real *a, const real *q, const real *k, size_t ld, size_t n, int d);
 // a[i] = exp(scale * a[i] - top), top being the largest exponent (NULL: not wanted); the sum of
@@ -75,6 +75,26 @@ void cpu_attention_backward(act *dqkv, real *dgain, const act *dout, const act *
                             const real *lse, real *delta, const act *qkv, const real *gain,
                             AttentionShape s, void *work);
 size_t cpu_attention_work(AttentionShape s);
+
+// ---- Inputs and skips (mixers/inputs.c): both backends have the plain loops.
+void skip_row(real *x, const real *from, const real *scale, int C);  // x += scale * from
+static inline double lookup_bytes(LookupShape s, size_t size) {
+    return array_bytes(size, (size_t)s.B * (size_t)s.T, s.D) + 4.0 * s.B * s.T;
+}
+void plain_smear_forward(act *out, const act *x, const real *gate, int B, int T, int C);
+void plain_smear_backward(act *dx, real *dgate, const act *dout, const act *x, const real *gate,
+                          int B, int T, int C, void *work);
+void plain_skip_forward(act *x, const act *from, const real *scale, size_t N, int C);
+void plain_skip_backward(act *kept, real *dscale, const act *dx, const act *from, size_t N, int C,
+                         void *work);
+void plain_lookup_forward(act *out, const int *ids, const real *table, LookupShape s);
+void plain_lookup_backward(real *dtable, const act *dout, const int *ids, LookupShape s,
+                           void *work);
+void plain_positions(act *out, const act *x, const uint64_t *starts, int B, int T, int C);
+size_t plain_input_work(size_t N, int rows, int D);
+#define PLAIN_INPUTS                                                                            \
+    {plain_smear_forward, plain_smear_backward, plain_skip_forward, plain_skip_backward,        \
+     plain_lookup_forward, plain_lookup_backward, plain_positions, plain_input_work}
 
 // ---- Entries of the plain backend that `cpu` has, too.
 void plain_norm_forward(act *out, const act *x, const real *gain, const real *bias, size_t N,

@@ -1,7 +1,8 @@
 // attn.c: causal multi-head attention over the last W bytes, its own included.
-//     attn:H[:W][:kvG][:rR]     x + Wo attention(Wqkv norm(x))
+//     attn:H[:W][:kvG][:rR][:nN]     x + Wo attention(Wqkv norm(x))
 // H heads of d = C/H channels, window W (where it is left out: --seq), G heads of k and v (H: every
-// head its own), the first R channels of a head rotated (all). Read model.h and mlp.c first.
+// head its own), the first R channels of a head rotated (all), q and k normalised and weighed by a
+// gain (N = 1) or as they are (n0). Read model.h and mlp.c first.
 //
 // A conv reads fixed bytes before its own; attention chooses them by what they are. A byte at t
 // asks with a query q[t]; every byte s of its window offers a key k[s] and a value v[s]:
@@ -51,16 +52,16 @@ static void turn(real *x, const Angles *angles, int R, bool back) {
     }
 }
 
-void turn_row(real *qk, real *rms, int heads, int d, int R, uint64_t t) {
-    const Angles angles = angles_at(t, R);
-    for (int h = 0; h < heads; h++) {
-        real *x = qk + (size_t)h * d;
+void turn_row(real *qk, real *rms, AttentionShape s, uint64_t t) {
+    const Angles angles = angles_at(t, s.R);
+    for (int h = 0; h < s.H + s.G; h++) {
+        real *x = qk + (size_t)h * s.d;
         double squares = 0;
-        for (int c = 0; c < d; c++) squares += (double)x[c] * x[c];
-        real r = (real)(1 / sqrt(squares / d + NORM_EPS));
-        for (int c = 0; c < d; c++) x[c] *= r;
+        for (int c = 0; c < s.d; c++) squares += (double)x[c] * x[c];
+        real r = s.raw ? 1 : (real)(1 / sqrt(squares / s.d + NORM_EPS));
+        for (int c = 0; c < s.d; c++) x[c] *= r;
         if (rms) rms[h] = r;
-        turn(x, &angles, R, false);
+        turn(x, &angles, s.R, false);
     }
 }
 
@@ -69,7 +70,7 @@ void plain_turn_forward(act *qkv, real *rms, AttentionShape s) {
 #pragma omp parallel for schedule(static)
     for (int n = 0; n < s.B * s.T; n++)
         turn_row((real *)qkv + (size_t)n * qkv_width(s), rms ? rms + (size_t)n * heads : NULL,
-                 heads, s.d, s.R, (uint64_t)(n % s.T));
+                 s, (uint64_t)(n % s.T));
     CPU_DONE("turn_forward", 0, 2 * array_bytes(sizeof(real), (size_t)s.B * s.T, heads * s.d));
 }
 
@@ -92,7 +93,7 @@ void plain_turn_backward(act *dqkv, const act *qkv, const real *rms, AttentionSh
             memcpy(y, q_n + (size_t)h * s.d, (size_t)s.d * sizeof *y);
             turn(y, &angles, s.R, true);
             turn(d, &angles, s.R, true);
-            for (int c = 0; c < s.d; c++) dot += (double)d[c] * y[c];
+            for (int c = 0; c < s.d && !s.raw; c++) dot += (double)d[c] * y[c];
             for (int c = 0; c < s.d; c++) d[c] = r * (d[c] - y[c] * (real)(dot / s.d));
         }
     }
@@ -192,7 +193,7 @@ size_t plain_attention_work(AttentionShape s) { return (void)s, 8; }
 
 // ---- The mixer ----------------------------------------------------------------------------------
 
-enum { HEADS, WINDOW, KV, ROTATED };  // places in Unit.numbers
+enum { HEADS, WINDOW, KV, ROTATED, NORMALISED };  // places in Unit.numbers
 
 typedef struct {
     Linear qkv, out;
@@ -204,8 +205,11 @@ typedef struct {
 static AttentionShape shape_of(const Unit *u, int B, int T) {
     return (AttentionShape){.B = B, .T = T, .H = u->numbers[HEADS], .G = u->numbers[KV],
                             .d = u->C / u->numbers[HEADS], .W = u->numbers[WINDOW],
-                            .R = u->numbers[ROTATED]};
+                            .R = u->numbers[ROTATED], .raw = !u->numbers[NORMALISED]};
 }
+
+// Whether turning changes anything.
+static bool turns(AttentionShape s) { return !s.raw || s.R > 0; }
 
 static int fit(Unit *u, int window, char *what) {
     int *n = u->numbers, d = u->C / n[HEADS];
@@ -238,9 +242,10 @@ static void describe(Model *m, Unit *u) {
     d->qkv = (Linear){.K = 1, .C = u->C, .O = (int)qkv_width(s), .dil = 1};
     d->out = (Linear){.K = 1, .C = u->C, .O = u->C, .dil = 1};
     add_linear(m, u, &d->qkv, "qkv", true);
-    add_tensor(m, u, &d->gain, "gain", 1, s.H, 0, 0);
+    if (!s.raw) add_tensor(m, u, &d->gain, "gain", 1, s.H, 0, 0);
     // Sharper than 1 from the start (parameter-golf's pull request 705 begins so; not tuned here).
-    if (m->n_tensors > 0) m->tensors[m->n_tensors - 1].start = 1.5f;
+    if (!s.raw && m->n_tensors > 0) m->tensors[m->n_tensors - 1].start = 1.5f;
+    if (s.raw && s.H > m->n_ones) m->n_ones = s.H;
     add_linear(m, u, &d->out, "out", true);
     u->dropouts = 1;
 }
@@ -275,8 +280,8 @@ static void forward(Model *m, Unit *u, const act *in, Epilogue end, const Pass *
     act *qkv = d->kept_qkv ? d->kept_qkv : m->z;
     act *out = d->kept_out ? d->kept_out : behind_qkv(m, d, m->z);
     linear_forward(m, &d->qkv, in, (Epilogue){.out = qkv});
-    ops->turn_forward(qkv, d->rms, s);
-    ops->forward(out, d->lse, qkv, m->params + d->gain, s, m->work);
+    if (turns(s)) ops->turn_forward(qkv, d->rms, s);
+    ops->forward(out, d->lse, qkv, s.raw ? m->ones : m->params + d->gain, s, m->work);
     end.drop = unit_dropout(m, u, 0, pass);
     linear_forward(m, &d->out, out, end);
 }
@@ -292,9 +297,9 @@ static void backward(Model *m, Unit *u, const act *in, const act *dy, Epilogue e
     before_write(m, m->dz);
     weight_gradient(m, &d->out, d->kept_out, dy);
     linear_backward(m, &d->out, dy, (Epilogue){.dx = dout});
-    ops->backward(dqkv, m->grads + d->gain, dout, d->kept_out, d->lse, d->delta, d->kept_qkv,
-                  m->params + d->gain, s, m->work);
-    ops->turn_backward(dqkv, d->kept_qkv, d->rms, s);
+    ops->backward(dqkv, s.raw ? m->sink : m->grads + d->gain, dout, d->kept_out, d->lse, d->delta,
+                  d->kept_qkv, s.raw ? m->ones : m->params + d->gain, s, m->work);
+    if (turns(s)) ops->turn_backward(dqkv, d->kept_qkv, d->rms, s);
     weight_gradient(m, &d->qkv, in, dqkv);
     linear_backward(m, &d->qkv, dqkv, end);
 }
@@ -303,7 +308,7 @@ static void backward(Model *m, Unit *u, const act *in, const act *dy, Epilogue e
 
 typedef struct {
     Panels qkv, out;
-    const real *gain;
+    const real *gain;  // NULL: none
     real *k, *v;   // (capacity, G, d, W): a key's channels lie W apart; (capacity, G, W, d)
     real *scores;  // (capacity, H, W)
 } AttnStream;
@@ -314,7 +319,7 @@ static void stream_place(Stream *s, StreamUnit *u) {
     AttentionShape a = shape_of(u->unit, 1, 1);
     p->qkv = stream_panels(s, &d->qkv);
     p->out = stream_panels(s, &d->out);
-    p->gain = stream_copy(s, d->gain, a.H);
+    p->gain = a.raw ? NULL : stream_copy(s, d->gain, (size_t)a.H);
     p->k = stream_state(s, (size_t)a.W, a.G * a.d);
     p->v = stream_state(s, (size_t)a.W, a.G * a.d);
     p->scores = stream_state(s, attention_padded(a.W), a.H);
@@ -329,7 +334,8 @@ static void stream_head(const AttnStream *p, AttentionShape a, int j, int h, con
     size_t before = W - first < n ? W - first : n;  // then the ring wraps
     attention_scores(e, q, k + first, W, before, a.d);
     attention_scores(e + before, q, k, W, n - before, a.d);
-    real sum = attention_softmax(e, n, p->gain[h] / (real)sqrt(a.d), NULL);
+    real gain = a.raw ? 1 : p->gain[h];
+    real sum = attention_softmax(e, n, gain / (real)sqrt(a.d), NULL);
     for (int c = 0; c < a.d; c++) o[c] = 0;
     attention_values(o, e, v + first * d, d, before, a.d);
     attention_values(o, e + before, v, d, n - before, a.d);
@@ -346,7 +352,7 @@ static void stream_step(const Stream *s, const StreamUnit *u) {
 #pragma omp for schedule(static)
     for (int j = 0; j < s->S; j++) {
         real *q = s->z + (size_t)j * wide, *k = q + C, *v = k + (size_t)a.G * d;
-        turn_row(q, NULL, a.H + a.G, a.d, a.R, s->position);
+        if (turns(a)) turn_row(q, NULL, a, s->position);
         for (int i = 0; i < a.G * a.d; i++) p->k[((size_t)j * a.G * d + i) * W + now] = k[i];
         for (int g = 0; g < a.G; g++)
             memcpy(p->v + (((size_t)j * a.G + g) * W + now) * d, v + (size_t)g * d,
@@ -366,7 +372,8 @@ const Mixer attn_mixer = {
     .formula = "x + Wo attention(Wqkv norm(x))",
     .numbers = {{"heads", 1, 4096, 4, NULL, "H"}, {"window", 1, MAX_WINDOW, LEFT_OUT, NULL, "W"},
                 {"heads of keys and values", 1, 4096, LEFT_OUT, "kv", "kvG"},
-                {"rotated channels", 0, MAX_HEAD, LEFT_OUT, "r", "rR"}},
+                {"rotated channels", 0, MAX_HEAD, LEFT_OUT, "r", "rR"},
+                {"normalisation of q and k", 0, 1, 1, "n", "nN"}},
     .norm = true,
     .data_bytes = sizeof(Attn),
     .fit = fit,

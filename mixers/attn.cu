@@ -52,7 +52,7 @@ __global__ void turn_forward_rows(T *qkv, float *rms, AttentionShape s) {
             v[i].y = at.y < s.d ? (float)x[at.y] : 0;
             squares += v[i].x * v[i].x + v[i].y * v[i].y;
         }
-        float r = rsqrtf(warp_sum(squares) / s.d + (float)NORM_EPS);
+        float r = s.raw ? 1 : rsqrtf(warp_sum(squares) / s.d + (float)NORM_EPS);
         if (rms && lane == 0) rms[n * heads + h] = r;
         for (int i = 0; i < LANE_PAIRS; i++) {
             int2 at = pair_of(lane + 32 * i, s.R);
@@ -88,7 +88,7 @@ __global__ void turn_backward_rows(T *dqkv, const T *qkv, const float *rms, Atte
                                v.y * turn[i].x - v.x * turn[i].y);
             dot += g[i].x * y[i].x + g[i].y * y[i].y;
         }
-        float r = rms[n * heads + h], mean = warp_sum(dot) / s.d;
+        float r = rms[n * heads + h], mean = s.raw ? 0 : warp_sum(dot) / s.d;
         for (int i = 0; i < LANE_PAIRS; i++) {
             int2 at = pair_of(lane + 32 * i, s.R);
             if (at.x < s.d) dqkv[row + at.x] = (T)(r * (g[i].x - y[i].x * mean));

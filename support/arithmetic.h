@@ -170,6 +170,26 @@ SHARED_FN double turn_of(uint64_t t, uint64_t step) {
     return (double)(int64_t)(t * step) / 18446744073709551616.0;
 }
 
+// ---- Inputs: SmearGate, hashed pairs of bytes, sinusoidal positions -----------------------------
+
+SHARED_FN real smear_gate(real w) { return 1 / (1 + exp_real(-w)); }
+
+// A hash in which every bit of x reaches every bit (Wellons' lowbias32, found by search).
+SHARED_FN uint32_t mix_bits(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+// The row of a table for row n of ids, -1: none. A dropped byte has none, nor has a pair with one,
+// nor the first byte of a window, which is no pair.
+SHARED_FN int lookup_key(const int *ids, size_t n, LookupShape s) {
+    // n is below 2^27, and division in 64 bits takes a GPU several times as long.
+    int id = ids[n], before = s.pairs && (uint32_t)n % (uint32_t)s.T ? ids[n - 1] : BYTE_DROPPED;
+    if (id == BYTE_DROPPED || (s.pairs && before == BYTE_DROPPED)) return -1;
+    if (!s.pairs) return id;
+    return (int)((uint64_t)mix_bits((uint32_t)(before * V + id)) * (uint64_t)s.rows >> 32);
+}
+
 // Where window `index` of a step's batch starts in the corpus: uniform over all windows that lie
 // inside one text. (64 random bits modulo n: the bias is below n / 2^64.)
 SHARED_FN uint64_t window_start(const Corpus *c, uint64_t seed, uint32_t step, uint64_t index) {

@@ -120,7 +120,15 @@ typedef struct {
     int H, G, d;  // heads; heads of k and v; channels of a head, at most MAX_HEAD
     int W;        // window: a byte attends to the last W, itself included
     int R;        // the first R channels of a head are rotated, an even number
+    bool raw;     // q and k are not divided by their root mean square
 } AttentionShape;
+
+// A look-up in a table (rows,D): by a byte, or by the bucket of a pair of bytes (lookup_key).
+typedef struct {
+    int B, T;
+    int rows, D;
+    bool pairs;
+} LookupShape;
 
 // The epilogue: what an operation does with its sums in the same pass over memory, f being the
 // activation and scale drop.scale, 1 where nothing is dropped. All arrays (N, channels made).
@@ -168,6 +176,29 @@ typedef struct {
                      real *delta, const act *qkv, const real *gain, AttentionShape s, void *work);
     size_t (*work_bytes)(AttentionShape s);  // of `work`, never 0
 } Attention;
+
+// ---- The operations of inputs and skips (mixers/inputs.c): a part of the table below
+//
+// All activations (N,C), but for rows of a table, which are (N,D). Parameters (C), table (rows,D).
+typedef struct {
+    // out[t] = (1-g) x[t] + g x[t-1], where g = sigmoid(gate) and x[-1] = 0
+    void (*smear_forward)(act *out, const act *x, const real *gate, int B, int T, int C);
+    void (*smear_backward)(act *dx, real *dgate, const act *dout, const act *x, const real *gate,
+                           int B, int T, int C, void *work);
+    // x += scale * from
+    void (*skip_forward)(act *x, const act *from, const real *scale, size_t N, int C);
+    // dscale += .. and kept = dx, by which skip_forward later gets the gradient by `from`
+    void (*skip_backward)(act *kept, real *dscale, const act *dx, const act *from, size_t N, int C,
+                          void *work);
+    // out[n] = table[lookup_key(n)], zeros where there is no key
+    void (*lookup_forward)(act *out, const int *ids, const real *table, LookupShape s);
+    void (*lookup_backward)(real *dtable, const act *dout, const int *ids, LookupShape s,
+                            void *work);
+    // out = x + sines and cosines of the place in the text; window b begins at byte starts[b] of it
+    void (*positions)(act *out, const act *x, const uint64_t *starts, int B, int T, int C);
+    // of `work`, never 0: of smear and skip (rows 0, D = C), and of a look-up
+    size_t (*work_bytes)(size_t N, int rows, int D);
+} InputOps;
 
 // ---- The table of operations -------------------------------------------------------------------
 //
@@ -231,6 +262,7 @@ typedef struct Backend {
     void (*conv_backward_weight)(const WeightJob *jobs, int n, ConvShape s, void *work);
 
     Attention attention;
+    InputOps inputs;
 
     // -- dropout of a layer that no activation follows. forward, in its epilogue:
     //    out = residual + scale * y where it is kept. dy (N,C) = scale * dout where y was kept,

@@ -55,7 +55,8 @@ static int config_of_options(Config *c, Error *e) {
                   .latent = (int)(opt.latent ? opt.latent : opt.channels),
                   .activation = (Activation)opt.activation, .tie = opt.tie,
                   .window = (int)(opt.window ? opt.window : opt.seq),
-                  .softcap = (float)opt.softcap};
+                  .softcap = (float)opt.softcap, .no_norm_in = !opt.norm_in,
+                  .no_norm_out = !opt.norm_out, .no_bias = !opt.bias, .skips = (int)opt.skips};
     if (strlen(opt.units) >= sizeof c->units)
         return fail(e, "--units is %zu characters long, at most %d: use groups, Nx(...)",
                     strlen(opt.units), UNITS_TEXT - 1);
@@ -144,7 +145,7 @@ static int measure_sample(Run *r, double *seconds, Error *e) {
 static int measure_pass(Run *r, Pace *p, Error *e) {
     const Text *t = data.texts;
     p->rows = (double)scorer.B;
-    p->pass_bytes = p->rows * (double)(scorer.T - config_receptive_field(&r->config) + 1);
+    p->pass_bytes = (double)score_part_pass(&scorer);
     for (int i = 0; i < 2; i++) {
         double before = now(), nats = 0;
         size_t n = t->n - 1 < (size_t)p->pass_bytes ? t->n : (size_t)p->pass_bytes + 1;
@@ -298,6 +299,10 @@ static int open_init(Run *r, Checkpoint *ck, Error *e) {
     if (!given(cli, "activation")) opt.activation = (int)c->activation;
     if (!given(cli, "window")) opt.window = c->window;
     if (!given(cli, "tie")) opt.tie = c->tie;
+    if (!given(cli, "norm-in")) opt.norm_in = !c->no_norm_in;
+    if (!given(cli, "norm-out")) opt.norm_out = !c->no_norm_out;
+    if (!given(cli, "bias")) opt.bias = !c->no_bias;
+    if (!given(cli, "skips")) opt.skips = c->skips;
     if (!given(cli, "softcap")) opt.softcap = (double)c->softcap;
     return 0;
 }

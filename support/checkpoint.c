@@ -28,9 +28,16 @@ static const char version[] = "2";
 
 // ---- What both directions share: the configuration as text, and the layout ----------------------
 
-enum { CHANNELS, LATENT, ACTIVATION, UNITS, TIE, SOFTCAP, WINDOW, CONFIG_KEYS };
-static const char *const config_keys[CONFIG_KEYS] = {"channels", "latent", "activation",
-                                                     "units",    "tie",    "softcap", "window"};
+enum { CHANNELS, LATENT, ACTIVATION, UNITS, TIE, SOFTCAP, WINDOW, SKIPS, NORM_IN, NORM_OUT, BIAS,
+       CONFIG_KEYS };
+// Where a file says nothing of a key it was made before there was one; NULL: it must.
+static const struct {
+    const char *name, *fallback;
+} config_keys[CONFIG_KEYS] = {
+    {"channels", NULL}, {"latent", NULL}, {"activation", NULL}, {"units", NULL}, {"tie", NULL},
+    {"softcap", NULL}, {"window", NULL}, {"skips", "0"}, {"norm_in", "yes"}, {"norm_out", "yes"},
+    {"bias", "yes"},
+};
 typedef struct {
     char s[UNITS_TEXT];
 } ConfigText;
@@ -43,7 +50,11 @@ static ConfigText config_text(const Config *c, int key) {
     if (key == ACTIVATION) snprintf(t.s, sizeof t.s, "%s", activation_names[c->activation]);
     if (key == UNITS) snprintf(t.s, sizeof t.s, "%s", c->units);
     if (key == TIE) snprintf(t.s, sizeof t.s, "%s", c->tie ? "yes" : "no");
+    if (key == NORM_IN) snprintf(t.s, sizeof t.s, "%s", c->no_norm_in ? "no" : "yes");
+    if (key == NORM_OUT) snprintf(t.s, sizeof t.s, "%s", c->no_norm_out ? "no" : "yes");
+    if (key == BIAS) snprintf(t.s, sizeof t.s, "%s", c->no_bias ? "no" : "yes");
     if (key == WINDOW) snprintf(t.s, sizeof t.s, "%d", c->window);
+    if (key == SKIPS) snprintf(t.s, sizeof t.s, "%d", c->skips);
     // Nine digits name every float.
     if (key == SOFTCAP) snprintf(t.s, sizeof t.s, "%.9g", (double)c->softcap);
     return t;
@@ -58,19 +69,23 @@ static bool config_from_text(Config *c, int key, const char *text) {
         *(key == CHANNELS ? &c->channels : &c->latent) = (int)x;
     }
     if (key == WINDOW) c->window = atoi(text);
+    if (key == SKIPS) c->skips = atoi(text);
     if (key == ACTIVATION) c->activation = activation_of(text);
     if (key == ACTIVATION && c->activation == N_ACTIVATIONS) return false;
     if (key == UNITS) snprintf(c->units, sizeof c->units, "%s", text);
-    // Anything else becomes no, whose text is not this one: refused below.
+    // Anything else becomes a default, whose text is not this one: refused below.
     if (key == TIE) c->tie = strcmp(text, "yes") == 0;
+    if (key == NORM_IN) c->no_norm_in = strcmp(text, "no") == 0;
+    if (key == NORM_OUT) c->no_norm_out = strcmp(text, "no") == 0;
+    if (key == BIAS) c->no_bias = strcmp(text, "no") == 0;
     if (key == SOFTCAP) c->softcap = strtof(text, NULL);
     return strcmp(config_text(c, key).s, text) == 0;
 }
 
 // A matrix (K,C,O) of ours is (O,C,K) in the file, the last tap being the current byte; a linear
-// layer is one with K = 1. The embedding (V,C) and vectors are the same in both.
+// layer is one with K = 1. Tables to look up, (V,C), and vectors are the same in both.
 static bool same_layout(const Tensor *t) {
-    return t->ndim == 1 || strcmp(t->name, "embedding.weight") == 0;
+    return t->ndim == 1 || t->table;
 }
 
 static void file_dims(const Tensor *t, uint64_t dims[3]) {
@@ -185,7 +200,7 @@ static Text make_header(const Model *m, const Role *roles, int n_roles, const Pa
     *checksum_at = t.n;
     append(&t, "%0*d\"", CHECKSUM_DIGITS, 0);
     for (int key = 0; key < CONFIG_KEYS; key++)
-        append_pair(&t, config_keys[key], config_text(&m->config, key).s);
+        append_pair(&t, config_keys[key].name, config_text(&m->config, key).s);
     // A model file's one role is "": it has no such entry.
     if (*roles[0].name) append(&t, ",\"roles\":\"");
     for (int i = 0; i < n_roles; i++) append(&t, i ? ",%s" : "%s", roles[i].name);
@@ -567,10 +582,12 @@ static int read_config(Checkpoint *ck, Error *e) {
         return bad(ck, e, "version '%.60s' of the format, this program reads version %s",
                    made ? made : "", version);
     for (int key = 0; key < CONFIG_KEYS; key++) {
-        const char *text = checkpoint_get(ck, config_keys[key]);
+        const char *text = checkpoint_get(ck, config_keys[key].name);
+        if (!text) text = config_keys[key].fallback;
         if (!text || !config_from_text(&ck->config, key, text))
             return bad(ck, e, "the metadata has %s%.60s for %s",
-                       text ? "the invalid value " : "nothing", text ? text : "", config_keys[key]);
+                       text ? "the invalid value " : "nothing", text ? text : "",
+                       config_keys[key].name);
     }
     // config_check's words, with the file's name before them.
     Error why;
@@ -635,8 +652,10 @@ static int count_units(const Config *c) {
     Unit *units = malloc(MAX_UNITS * sizeof *units);
     Error e;
     int n = units ? units_parse(c->units, c->channels, c->activation, c->window, units, &e) : 0;
+    int some = 0;
+    for (int i = 0; i < n; i++) some += units[i].mixer->describe != NULL;
     free(units);
-    return n;
+    return some;
 }
 
 // The file's tensors are those of the configuration, once per role.
@@ -776,7 +795,7 @@ bool checkpoint_own_key(const char *key) {
     for (int i = 0; i < 5; i++)
         if (strcmp(others[i], key) == 0) return true;
     for (int i = 0; i < CONFIG_KEYS; i++)
-        if (strcmp(config_keys[i], key) == 0) return true;
+        if (strcmp(config_keys[i].name, key) == 0) return true;
     return false;
 }
 
@@ -793,7 +812,7 @@ int checkpoint_match(const Checkpoint *ck, const Config *c, Error *e) {
         size_t n = strlen(list);
         if (strcmp(here.s, wanted.s))
             snprintf(list + n, sizeof list - n, "%s%s is %.40s there and %.40s here", n ? ", " : "",
-                     config_keys[key], here.s, wanted.s);
+                     config_keys[key].name, here.s, wanted.s);
     }
     return *list ? bad(ck, e, "another configuration: %s", list) : 0;
 }

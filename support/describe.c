@@ -66,9 +66,12 @@ static void print_stack(FILE *f, const Model *m) {
 }
 
 void print_layers(FILE *f, const Model *m) {
-    fprintf(f, "bytes -> LayerNorm(Embedding (%d,%d)) ->\n", V, m->config.channels);
+    const Config *c = &m->config;
+    fprintf(f, c->no_norm_in ? "bytes -> Embedding (%d,%d) ->\n"
+                             : "bytes -> LayerNorm(Embedding (%d,%d)) ->\n", V, c->channels);
     print_stack(f, m);
-    fprintf(f, m->config.tie ? "-> LayerNorm = latents (%d) -> the embedding, transposed\n"
-                             : "-> LayerNorm -> Linear = latents (%d) -> Linear\n",
-            m->config.latent);
+    if (c->skips) fprintf(f, "skips between layers of %d units\n", c->skips);
+    fprintf(f, c->tie ? "-> LayerNorm = latents (%d) -> the embedding, transposed\n"
+            : c->no_norm_out ? "-> Linear = latents (%d) -> Linear\n"
+                             : "-> LayerNorm -> Linear = latents (%d) -> Linear\n", c->latent);
 }

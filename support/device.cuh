@@ -102,15 +102,16 @@ static __device__ __forceinline__ void begin_dependent() {
 // The tables of the files with kernels. Each file says how much workspace its launchers take; all
 // sizes in bytes, N rows of at most `width` channels, n parameters.
 extern const Kernel conv_kernels[], tensor_kernels[], layer_kernels[], embed_kernels[],
-    optimizer_kernels[], attention_kernels[], attention_mma_kernels[];
+    optimizer_kernels[], attention_kernels[], attention_mma_kernels[], input_kernels[];
 extern const int n_conv_kernels, n_tensor_kernels, n_layer_kernels, n_embed_kernels,
-    n_optimizer_kernels, n_attention_kernels, n_attention_mma_kernels;
+    n_optimizer_kernels, n_attention_kernels, n_attention_mma_kernels, n_input_kernels;
 size_t conv_work_bytes(size_t N, int K, int width);
 size_t tensor_work_bytes(size_t N, int K, int width);
 size_t norm_work_bytes(size_t N, int width);
 size_t embed_work_bytes(size_t N, int width);
 size_t embed_product_work_bytes(size_t N, int width);  // of the backend tensor
 size_t optimizer_work_bytes(size_t n);
+size_t input_work_bytes(size_t N, int rows, int D);
 
 // What a Backend does without kernels of the table: memory, the side stream, graphs, errors. Its
 // activations are float32; store_bf16 changes that.

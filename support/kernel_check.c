@@ -342,13 +342,14 @@ static void run_conv_backward_weight(Side *s) {
 }
 
 // Heads as wide as C or MAX_HEAD, and by variant   0: one, window T    1: two, window K
-// 2: three that share k and v, half of a head rotated, window K*dil    3: four in two groups
+// 2: three that share k and v, half of a head rotated, window K*dil    3: four in two groups, q and
+// k as they are
 static AttentionShape attention_shape(const Side *s) {
     static const int heads[] = {1, 2, 3, 4}, groups[] = {1, 2, 1, 2};
     int d = s->s.C < MAX_HEAD ? s->s.C : MAX_HEAD, v = s->variant, far = s->s.K * s->s.dil;
     AttentionShape a = {.B = s->s.B, .T = s->s.T, .H = heads[v], .G = groups[v], .d = d,
                         .W = v == 1 ? s->s.K : v == 2 ? far : s->s.T,
-                        .R = v == 2 ? d / 4 * 2 : d / 2 * 2};
+                        .R = v == 2 ? d / 4 * 2 : d / 2 * 2, .raw = v == 3};
     if (s->timed) a.d = s->s.C / 4, a.H = a.G = 4, a.R = a.d / 2 * 2, a.W = s->s.T;
     return a;
 }
@@ -396,6 +397,85 @@ static void run_attention_backward(Side *s) {
     void *work = attention_workspace(s, a);
     if (!s->failed)
         s->be->attention.backward(dqkv, dgain, dout, out, lse, delta, qkv, gain, a, work);
+}
+
+static void *input_workspace(Side *s, size_t N, int rows, int D) {
+    size_t bytes = s->be->inputs.work_bytes(N, rows, D);
+    return operand(s, "workspace", WORKSPACE, REALS, (bytes + 3) / 4);
+}
+static void run_smear_forward(Side *s) {
+    size_t n = rows_of(s) * s->s.C;
+    act *out = acts(s, "out", OUT, n);
+    const act *x = acts(s, "x", IN, n);
+    const real *gate = reals(s, "gate", IN, s->s.C);
+    if (!s->failed) s->be->inputs.smear_forward(out, x, gate, s->s.B, s->s.T, s->s.C);
+}
+static void run_smear_backward(Side *s) {
+    size_t n = rows_of(s) * s->s.C;
+    act *dx = acts(s, "dx", OUT, n);
+    real *dgate = reals(s, "dgate", ADD, s->s.C);
+    const act *dout = acts(s, "dout", IN, n), *x = acts(s, "x", IN, n);
+    const real *gate = reals(s, "gate", IN, s->s.C);
+    void *work = input_workspace(s, rows_of(s), 0, s->s.C);
+    if (!s->failed)
+        s->be->inputs.smear_backward(dx, dgate, dout, x, gate, s->s.B, s->s.T, s->s.C, work);
+}
+static void run_skip_forward(Side *s) {
+    size_t n = rows_of(s) * s->s.C;
+    act *x = acts(s, "x", ADD, n);
+    last_is_exact(s);
+    const act *from = acts(s, "from", IN, n);
+    const real *scale = reals(s, "scale", IN, s->s.C);
+    if (!s->failed) s->be->inputs.skip_forward(x, from, scale, rows_of(s), s->s.C);
+}
+static void run_skip_backward(Side *s) {
+    size_t n = rows_of(s) * s->s.C;
+    act *kept = acts(s, "kept", OUT, n);
+    last_is_exact(s);
+    real *dscale = reals(s, "dscale", ADD, s->s.C);
+    last_is_exact(s);
+    const act *dx = acts(s, "dx", IN, n), *from = acts(s, "from", IN, n);
+    void *work = input_workspace(s, rows_of(s), 0, s->s.C);
+    if (!s->failed) s->be->inputs.skip_backward(kept, dscale, dx, from, rows_of(s), s->s.C, work);
+}
+// Variants 0 and 1: bytes, 1 only the last of them, and dropped ones. 2 and 3: pairs, timed as in
+// golf.
+static LookupShape lookup_shape(const Side *s) {
+    bool pairs = s->variant >= 2 || s->timed;
+    return (LookupShape){s->s.B, s->s.T, s->timed ? 4096 : pairs ? 256 + 37 * s->variant : V,
+                         s->timed ? 32 : s->s.C, pairs};
+}
+static const int *lookup_ids(Side *s) {
+    return ints(s, "ids", IN, rows_of(s), s->variant % 2 && !s->timed ? BYTE_DROPPED - 3 : 0,
+                BYTE_DROPPED);
+}
+static void run_lookup_forward(Side *s) {
+    LookupShape l = lookup_shape(s);
+    act *out = acts(s, "out", OUT, rows_of(s) * l.D);
+    last_is_exact(s);
+    const int *ids = lookup_ids(s);
+    const real *table = reals(s, "table", IN, (size_t)l.rows * l.D);
+    if (!s->failed) s->be->inputs.lookup_forward(out, ids, table, l);
+}
+static void run_lookup_backward(Side *s) {
+    LookupShape l = lookup_shape(s);
+    real *dtable = reals(s, "dtable", ADD, (size_t)l.rows * l.D);
+    last_is_exact(s);
+    const act *dout = acts(s, "dout", IN, rows_of(s) * l.D);
+    const int *ids = lookup_ids(s);
+    void *work = input_workspace(s, rows_of(s), l.rows, l.D);
+    if (!s->failed) s->be->inputs.lookup_backward(dtable, dout, ids, l, work);
+}
+// Odd variants: windows that begin far on in a text.
+static void run_positions(Side *s) {
+    size_t n = rows_of(s) * s->s.C, bytes = (size_t)s->s.B * sizeof(uint64_t);
+    uint64_t *far_on = host_values(s, s->s.B, sizeof *far_on);
+    for (int b = 0; far_on && s->variant % 2 && b < s->s.B; b++) far_on[b] = 10000019u * (b + 1u);
+    act *out = acts(s, "out", OUT, n);
+    const act *x = acts(s, "x", IN, n);
+    const uint64_t *starts = bytes_in(s, "starts", far_on, bytes);
+    free(far_on);
+    if (!s->failed) s->be->inputs.positions(out, x, starts, s->s.B, s->s.T, s->s.C);
 }
 
 // Variant 0: first in the middle of 16 rows. 1: beyond 2^32 draws. 2: over dout. 3: nothing drops.
@@ -512,6 +592,13 @@ static const Op ops[] = {
     {"attention.forward", run_attention_forward, false, false, 0},
     // In bf16 p is rounded, then da; in dgain most of the terms cancel.
     {"attention.backward", run_attention_backward, false, false, 4},
+    {"inputs.smear_forward", run_smear_forward, false, false, 0},
+    {"inputs.smear_backward", run_smear_backward, false, false, 0},
+    {"inputs.skip_forward", run_skip_forward, true, false, 0},
+    {"inputs.skip_backward", run_skip_backward, true, false, 0},
+    {"inputs.lookup_forward", run_lookup_forward, true, false, 0},
+    {"inputs.lookup_backward", run_lookup_backward, true, false, 0},
+    {"inputs.positions", run_positions, false, false, 0},
     {"cross_entropy", run_cross_entropy, false, false, 0},
     {"add_losses", run_add_losses, true, false, 0},
     {"draw_batch", run_draw_batch, true, false, 0},

@@ -50,7 +50,8 @@ static Panels cut(Stream *s, const real *w, const real *b, int K, int C, int O) 
 }
 
 Panels stream_panels(Stream *s, const Linear *l) {
-    return cut(s, s->params + l->weight, s->params + l->bias, l->K, l->C, l->O);
+    const real *bias = l->bias == NO_BIAS ? NULL : s->params + l->bias;
+    return cut(s, s->params + l->weight, bias, l->K, l->C, l->O);
 }
 
 void stream_taps(Stream *s, Taps *t, const Linear *l) {
@@ -63,18 +64,19 @@ void stream_taps(Stream *s, Taps *t, const Linear *l) {
     s->n_rows += (size_t)l->K;
 }
 
-const real *stream_copy(Stream *s, size_t offset, int n) {
-    real *to = piece(&s->weight_pieces, (size_t)n, 1, 1);
-    if (to) memcpy(to, s->params + offset, (size_t)n * sizeof *to);
+const real *stream_copy(Stream *s, size_t offset, size_t n) {
+    real *to = piece(&s->weight_pieces, n, 1, 1);
+    if (to) memcpy(to, s->params + offset, n * sizeof *to);
     return to;
 }
 
-// LayerNorm(E), so that the first layer is a look-up.
-// LayerNorm looks at one row alone, so normalising V rows once does for all bytes to come.
+// LayerNorm(E), or E where there is none, so that the first layer is a look-up. LayerNorm looks at
+// one row alone, so normalising V rows once does for all bytes to come.
 static const real *normalised(Stream *s) {
     const Model *m = &s->table;
     const real *P = s->params;
     size_t C = (size_t)m->config.channels;
+    if (m->config.no_norm_in) return stream_copy(s, m->embedding, V * C);
     real *to = piece(&s->weight_pieces, V, C, 1);
     for (size_t v = 0; to && v < V; v++)
         norm_row(to + v * C, P + m->embedding + v * C, P + m->norm_in.gain, P + m->norm_in.bias,
@@ -109,15 +111,22 @@ static void place_all(Stream *s) {
         StreamUnit *u = &s->units[i];
         const Mixer *mixer = u->unit->mixer;
         if (mixer->norm) {
-            u->gain = stream_copy(s, u->unit->norm.gain, C);
-            u->beta = stream_copy(s, u->unit->norm.bias, C);
+            u->gain = stream_copy(s, u->unit->norm.gain, (size_t)C);
+            u->beta = stream_copy(s, u->unit->norm.bias, (size_t)C);
         }
-        mixer->stream_place(s, u);
+        if (u->unit->skip.to) u->kept = stream_state(s, 1, C);
+        if (u->unit->skip.from) {
+            u->scale = stream_copy(s, u->unit->skip.scale, (size_t)C);
+            u->kept = s->units[u->unit->skip.from->index].kept;
+        }
+        if (mixer->stream_place) mixer->stream_place(s, u);
         int width = mixer->width ? (int)mixer->width(u->unit) : C;
         if (width > wide) wide = width;
     }
-    s->gain_out = stream_copy(s, m->norm_out.gain, C);
-    s->beta_out = stream_copy(s, m->norm_out.bias, C);
+    if (!c->no_norm_out) {
+        s->gain_out = stream_copy(s, m->norm_out.gain, (size_t)C);
+        s->beta_out = stream_copy(s, m->norm_out.bias, (size_t)C);
+    }
     if (!c->tie) s->proj = stream_panels(s, &m->proj);
     s->head = c->tie ? tied_head(s) : stream_panels(s, &m->head);
     s->x = stream_state(s, 1, C);
@@ -214,6 +223,7 @@ void stream_begin(Stream *s, int S) {
     s->S = S;
     // The rings keep their old rows: point_at_rows reads none from before position 0.
     s->position = 0;
+    for (int j = 0; j < S; j++) s->before[j] = BYTE_DROPPED;
     // One stream is limited by reading weights; from about six on, arithmetic is.
     size_t weights = s->weight_pieces.used / s->n_maps;
     s->parallel = weights * (size_t)(S + 5) / 6 >= WORTH_THREADS;
@@ -283,6 +293,18 @@ void stream_input(const Stream *s, const StreamUnit *u, real *to) {
     }
 }
 
+// The stream as it is before the unit, where a skip brings it up; and what one brings here.
+static void skip(const Stream *s, const StreamUnit *u) {
+    size_t C = (size_t)s->table.config.channels;
+    if (!u->kept) return;
+#pragma omp for schedule(static)
+    for (int j = 0; j < s->S; j++)
+        if (u->scale)
+            skip_row(s->x + (size_t)j * C, u->kept + (size_t)j * C, u->scale, (int)C);
+        else
+            memcpy(u->kept + (size_t)j * C, s->x + (size_t)j * C, C * sizeof *s->x);
+}
+
 // x (S,C) = normalised rows of the bytes.
 static void embed(const Stream *s, const int *ids) {
     size_t C = (size_t)s->table.config.channels;
@@ -296,17 +318,21 @@ void stream_push(Stream *s, const int *ids, real *latents, real *logits) {
     const StreamUnit last = {.gain = s->gain_out, .beta = s->beta_out};
     // Before the threads start: addresses depend on the position, not on what the layers compute.
     point_at_rows(s);
+    s->ids = ids;
 #pragma omp parallel if (s->parallel)
     {
         embed(s, ids);
-        for (int i = 0; i < s->table.U; i++)
+        for (int i = 0; i < s->table.U; i++) {
+            skip(s, &s->units[i]);
             s->units[i].unit->mixer->stream_step(s, &s->units[i]);
+        }
         stream_input(s, &last, s->h);
         if (!c->tie) stream_map(s, &s->proj, s->z, s->h_rows, ACT_none);
         stream_map(s, &s->head, logits, c->tie ? s->h_rows : s->z_rows, ACT_none);
     }
     if (latents)
         memcpy(latents, c->tie ? s->h : s->z, (size_t)s->S * (size_t)c->latent * sizeof *latents);
+    memcpy(s->before, ids, (size_t)s->S * sizeof *ids);
     // Last: until here it is the time t of this byte, by which the rings are indexed.
     s->position++;
 }

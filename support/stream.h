@@ -36,6 +36,8 @@ typedef struct {
 struct StreamUnit {
     const Unit *unit;
     const real *gain, *beta;  // of the norm at its door; NULL where there is none
+    const real *scale;        // of the skip that comes to it
+    real *kept;               // (capacity, C) the stream that a skip takes from here, or brings
     void *data;               // the mixer's own
 };
 
@@ -56,6 +58,8 @@ struct Stream {
     int n_taps;
     Panels proj, head;
     const real *embedded;  // (V,C) the embedding, normalised
+    const int *ids;        // (S) the bytes of this push, and those of the push before
+    int before[MAX_STREAMS];
     const real *gain_out, *beta_out;
     real *x, *h, *z, *pre;         // (capacity, C), (capacity, C), (capacity, wide) twice
     const real *zero_row;          // (wide): what lies before the text
@@ -103,7 +107,7 @@ Panels stream_panels(Stream *s, const Linear *l);
 void stream_taps(Stream *s, Taps *t, const Linear *l);
 real *stream_state(Stream *s, size_t rows, int C);
 // n parameters from `offset` on.
-const real *stream_copy(Stream *s, size_t offset, int n);
+const real *stream_copy(Stream *s, size_t offset, size_t n);
 
 // In stream_step, which every thread of a team runs; each of these shares the work among them and
 // returns when all of it is done. Rows of stream j lie at j * width.

@@ -8,14 +8,14 @@
 typedef struct {
     int preset;
     // windows of seq bytes, batch to a pass, accum passes to a step; *_every and warmup in steps
-    int64_t steps, batch, seq, accum, warmup, channels, latent, window, eval_every, threads;
+    int64_t steps, batch, seq, accum, warmup, channels, latent, window, skips, eval_every, threads;
     int64_t val_bytes, last_bytes, sample_bytes, sample_every;
     double lr, min_lr, beta1, beta2, weight_decay, clip, ema, dropout, byte_dropout, softcap;
     // val_frac of each text; save_every in seconds
     double val_frac, save_every, minutes;
     uint64_t seed;
     int activation, device;
-    bool tie, at_once, no_selftest, tensors;
+    bool tie, norm_in, norm_out, bias, at_once, no_selftest, tensors;
     const char *units, *val, *out, *resume, *init, *kernels;
 } Options;
 

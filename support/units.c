@@ -103,7 +103,7 @@ static int parse_numbers(Parser *s, Unit *u) {
     for (int i = 0; i < declared; i++) u->numbers[i] = m->numbers[i].fallback;
     for (int i; *s->p == ':' && (i = which_number(m, next, s->p + 1)) >= 0;) {
         const char *at = ++s->p;
-        const Number *d = &m->numbers[i < declared ? i : declared - 1];
+        const Number *d = &m->numbers[i < declared || declared == 0 ? i : declared - 1];
         if (i == most || (i == next && i < declared && d->prefix && is_digit(*at))) {
             snprintf(what, sizeof what, "%s takes at most %d numbers%s", m->name, i,
                      i == most ? "" : " without a letter");
@@ -154,6 +154,14 @@ static int too_deep(const Parser *s, const char *at) {
     return wrong(s, at, what);
 }
 
+// An input behind a unit that is none.
+static int misplaced(const Parser *s, const Unit *u, const char *at) {
+    if (!u->mixer->input || s->n == 0 || s->units[s->n - 1].mixer->input) return 0;
+    char what[96];
+    snprintf(what, sizeof what, "%s stands before all other units", u->mixer->name);
+    return wrong(s, at, what);
+}
+
 static int parse_unit(Parser *s) {
     const char *at = s->p;
     char name[WORD], what[200];
@@ -172,6 +180,7 @@ static int parse_unit(Parser *s) {
         return wrong(s, at, what);
     }
     if (s->n == MAX_UNITS) return too_deep(s, at);
+    if (misplaced(s, &u, at)) return -1;
     s->units[s->n++] = u;
     return 0;
 }
@@ -203,6 +212,7 @@ static int parse_stack(Parser *s, int nesting) {
         if ((int64_t)first + (int64_t)count * times > MAX_UNITS) return too_deep(s, at);
         for (; times > 1; times--)
             for (int i = 0; i < count; i++) {
+                if (misplaced(s, &s->units[first + i], at)) return -1;
                 s->units[s->n] = s->units[first + i];
                 s->units[s->n].index = s->n;
                 s->n++;
@@ -242,12 +252,30 @@ bool unit_same(const Unit *a, const Unit *b) {
            (!a->mixer->activation || a->activation == b->activation);
 }
 
-int64_t config_receptive_field(const Config *c) {
+// The receptive field, and whether a unit depends on the place in the text.
+static int64_t look_at_units(const Config *c, bool *absolute) {
     Unit *units = calloc(MAX_UNITS, sizeof *units);
     Error e;
     int n = units ? units_parse(c->units, c->channels, c->activation, c->window, units, &e) : 0;
     int64_t sum = 1;
-    for (int u = 0; u < n; u++) sum += units[u].mixer->reach(&units[u]);
+    *absolute = false;
+    for (int u = 0; u < n; u++) {
+        int64_t reach = units[u].mixer->reach(&units[u]);
+        if (!units[u].mixer->bytes) sum += reach;
+        else if (sum < 1 + reach) sum = 1 + reach;
+        *absolute = *absolute || units[u].mixer->absolute;
+    }
     free(units);
     return sum;
+}
+
+int64_t config_receptive_field(const Config *c) {
+    bool absolute;
+    return look_at_units(c, &absolute);
+}
+
+bool config_absolute(const Config *c) {
+    bool absolute;
+    look_at_units(c, &absolute);
+    return absolute;
 }

@@ -60,7 +60,8 @@ source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1"; else echo "$1"; fi; 
 
 # build TEST: that program and what it runs
 build() {
-    model="model layers fast/cpu fast/attention support/units support/score support/stream support/weight_queue"
+    model="model layers fast/cpu fast/attention support/units support/score support/start
+        support/stream support/weight_queue"
     for mixer in mixers/*.c; do model="$model ${mixer%.c}"; done
     core="$model support/checkpoint support/describe support/heat support/output"
     core="$core support/range_coder"

@@ -201,14 +201,14 @@ static void test_units(void) {
         {"attn:0", {"heads of attn is 0, expected 1 to 4096", "character 6,"}},
         {"attn:4:0", {"window of attn is 0, expected 1 to 16777216", "character 8,"}},
         {"attn:4:16777217", {"window of attn is 16777217", "character 8,"}},
-        {"attn:4:-1", {"expected a number or kvG or rR at", "character 8,"}},
-        {"attn:4:kv", {"expected a number or kvG or rR at", "character 8, 'kv'"}},
-        {"attn:4:kvx", {"expected a number or kvG or rR at", "character 8, 'kvx'"}},
-        {"attn:4:r", {"expected a number or kvG or rR at", "character 8, 'r'"}},
-        {"attn:4:kv-1", {"expected a number or kvG or rR at", "character 8,"}},
-        {"attn:4:gelu", {"expected a number or kvG or rR at", "character 8,"}},
-        {"attn:", {"expected a number or kvG or rR at", "'the end'"}},
-        {"attn:4:kv2:", {"expected a number or kvG or rR at", "'the end'"}},
+        {"attn:4:-1", {"expected a number or kvG or rR or nN at", "character 8,"}},
+        {"attn:4:kv", {"expected a number or kvG or rR or nN at", "character 8, 'kv'"}},
+        {"attn:4:kvx", {"expected a number or kvG or rR or nN at", "character 8, 'kvx'"}},
+        {"attn:4:r", {"expected a number or kvG or rR or nN at", "character 8, 'r'"}},
+        {"attn:4:kv-1", {"expected a number or kvG or rR or nN at", "character 8,"}},
+        {"attn:4:gelu", {"expected a number or kvG or rR or nN at", "character 8,"}},
+        {"attn:", {"expected a number or kvG or rR or nN at", "'the end'"}},
+        {"attn:4:kv2:", {"expected a number or kvG or rR or nN at", "'the end'"}},
         {"attn:4:kv2x", {"expected a space", "character 11,"}},
         {"attn:4:16:8", {"attn takes at most 2 numbers without a letter", "character 11,"}},
         {"attn:kv2:4:16:8", {"attn takes at most 2 numbers without a letter", "character 15,"}},
@@ -256,7 +256,7 @@ static void test_units(void) {
     // Whatever mixer has a width of its own: as many channels as there may be are too many.
     for (int i = 0; i < n_mixers; i++) {
         Unit u;
-        if (!mixers[i]->width) continue;
+        if (!mixers[i]->width || mixers[i]->input) continue;  // an input's is its own number
         if (units_parse(mixers[i]->name, 1, ACT_gelu, 0, &u, &e) != 1) continue;
         if (mixers[i]->width(&u) <= 1) continue;
         check(units_parse(mixers[i]->name, MAX_CHANNELS, ACT_gelu, 0, units, &e) == -1 &&
@@ -492,6 +492,7 @@ static void test_fresh(const char *name, Config config) {
         double squares = 0, fan_in = t->ndim == 3 ? t->dims[0] * t->dims[1] : t->dims[0];
         bool at_bytes = strstr(t->name, "embedding") || strstr(t->name, "head");
         double std = at_bytes ? 0.02 : 1 / sqrt(fan_in);
+        if (config.no_norm_in && !config.tie && strstr(t->name, "embedding")) std = 1;
         for (size_t j = 0; j < t->size; j++) {
             squares += (double)p[j] * (double)p[j];
             if (!t->decay) vectors = vectors && p[j] == start;
@@ -1078,9 +1079,12 @@ static void test_mixers(void) {
         const char *mixer = mixers[i / 4]->name;
         char name[100];
         Config c = {.channels = 20, .latent = i % 2 ? 20 : 25, .activation = ACT_gelu,
-                    .tie = i % 2};
+                    .tie = i % 2, .skips = 1 + i % 2, .no_norm_out = i % 4 == 2,
+                    .no_norm_in = i % 4 == 3, .no_bias = i % 4 == 1};
         float dropout = i / 2 % 2 ? 0.2f : 0;
-        snprintf(c.units, sizeof c.units, "2x(conv:3:1 %s block:2:1:3 3x(%s))", mixer, mixer);
+        snprintf(c.units, sizeof c.units,
+                 mixers[i / 4]->input ? "%s 3x(%s) 2x(conv:3:1 block:2:1:3)"
+                                      : "2x(conv:3:1 %s block:2:1:3 3x(%s))", mixer, mixer);
         snprintf(name, sizeof name, "%s%s%s", mixer, c.tie ? ", tied" : "",
                  dropout > 0 ? ", dropout" : "");
         test_side_stream(name, c, dropout);
@@ -1107,6 +1111,9 @@ int main(void) {
     test_dropout();
     test_not_finite();
     test_average();
+    Config bare = small_paper;
+    bare.no_norm_in = true;
+    test_fresh("paper without its first norm", bare);
     test_mixed();
     test_mixers();
     for (int i = 0; i < 2; i++) {

@@ -622,6 +622,12 @@ static const struct {
     {"units.0.norm.bias", "units.0.norm.bia5", "units.0.norm.bias is missing", 0},
     {"\"tie\":\"yes\"", "\"tie\":\"maybe\"", "invalid value maybe for tie", 0},
     {"\"tie\":\"yes\"", "\"tie\":\"no\"", "proj.weight is missing", 0},
+    {"\"skips\":\"0\"", "\"skips\":\"2\"", "a divisor of the 1 units", 0},
+    {"\"skips\":\"0\"", "\"skips\":\"-1\"", "skips is -1", 0},
+    {"\"skips\":\"0\"", "\"skips\":\"\"", "for skips", 0},
+    {"\"bias\":\"yes\"", "\"bias\":\"no\"", "units.0.conv.bias is not of this model", 0},
+    {"\"norm_in\":\"yes\"", "\"norm_in\":\"\"", "for norm_in", 0},
+    {"\"norm_out\":\"yes\"", "\"norm_out\":\"no\"", "a tied head needs the last LayerNorm", 0},
     {"\"softcap\":\"0\"", "\"softcap\":\"-1\"", "softcap is -1", 0},
     {"\"softcap\":\"0\"", "\"softcap\":\"nan\"", "softcap", 0},
     {"\"softcap\":\"0\"", "\"softcap\":\"inf\"", "softcap is inf", 0},
@@ -655,6 +661,29 @@ static size_t without_checksum(uint8_t *file, const uint8_t *good, size_t n) {
     need(to != NULL, "a checksum in the header");
     memmove(from, to + 1, strlen(to + 1) + 1);
     return assemble(file, text, strlen(text), good + 8 + header, n - 8 - header);
+}
+
+// A file that was made before there were skips and models without norms and biases.
+static void test_older_file(const uint8_t *good, size_t n) {
+    static const char later[] = "\"skips\":\"0\",\"norm_in\":\"yes\",\"norm_out\":\"yes\","
+                                "\"bias\":\"yes\"";
+    size_t header = (size_t)good[0] + ((size_t)good[1] << 8);
+    char text[8192];
+    uint8_t *file = malloc(n);
+    Checkpoint ck;
+    Error e = {""};
+    need(file != NULL && header < sizeof text, "memory");
+    memcpy(text, good + 8, header);
+    text[header] = 0;
+    char *from = strstr(text, later);
+    need(from != NULL && from[-1] == ',', "the keys that are new");
+    memmove(from - 1, from + sizeof later - 1, strlen(from + sizeof later - 1) + 1);
+    size_t size = assemble(file, text, strlen(text), good + 8 + header, n - 8 - header);
+    bool opened = checkpoint_parse(&ck, "older", file, size, &e) == 0;
+    check(opened && ck.config.skips == 0 && !ck.config.no_norm_in && !ck.config.no_norm_out &&
+              !ck.config.no_bias, "a file older than some keys: opened%s", e.text);
+    if (opened) checkpoint_close(&ck);
+    free(file);
 }
 
 static void test_edits(const uint8_t *good, size_t n) {
@@ -751,6 +780,7 @@ static void test_bad_files(void) {
     need(good != NULL && plain != NULL, "a good file");
     size_t n_plain = without_checksum(plain, good, n);
     test_cuts_and_flips(good, n);
+    test_older_file(plain, n_plain);
     test_edits(plain, n_plain);
     test_no_files();
     test_values(plain, n_plain);

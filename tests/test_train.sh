@@ -199,12 +199,12 @@ train $tiny --batch 2 --seq 64 --preset shakespeare --out preset2 text && option
 check $? "and its switches are on"
 # Both stay what README's figures are of, wherever the defaults go.
 train $tiny --preset paper --out paper text && [ "$(settings paper)" = "--channels 8 --latent 0 \
---units 3x(block:3:1:2:4) --activation gelu --window 0 --no-tie --softcap 0 --steps 1 --batch 16 \
+--units 3x(block:3:1:2:4) --activation gelu --window 0 --no-tie --softcap 0 --skips 0 --norm-in --norm-out --bias --steps 1 --batch 16 \
 --seq 512 --accum 1 --no-at-once --lr 0.002 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 \
 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250" ]
 check $? "--preset paper is the paper's configuration"
 train $tiny --preset small --out small text && [ "$(settings small)" = "--channels 8 --latent 0 \
---units \"2x(conv:3:1 conv:3:2 conv:3:4)\" --activation gelu --window 0 --tie --softcap 30 --steps 1 \
+--units \"2x(conv:3:1 conv:3:2 conv:3:4)\" --activation gelu --window 0 --tie --softcap 30 --skips 0 --norm-in --norm-out --bias --steps 1 \
 --batch 16 --seq 256 --accum 1 --no-at-once --lr 0.004 --min-lr 0 --warmup 50 --beta1 0.9 \
 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0.05 --byte-dropout 0.05 --eval-every 200" ]
 check $? "--preset small is the demo's"
@@ -213,15 +213,33 @@ train $tiny --batch 2 --out default text && train $tiny --batch 2 --preset defau
     option default '--tie'
 check $? "--preset default changes nothing: pre-norm, tied"
 train $tiny --batch 2 --preset shakespeare --seq 64 --out tale text && [ "$(settings tale)" = "--channels 8 \
---latent 0 --units \"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)\" --activation gelu --window 0 --tie --softcap 30 --steps 1 \
+--latent 0 --units \"3x(conv:2:1 conv:2:2 conv:2:4 conv:2:8)\" --activation gelu --window 0 --tie --softcap 30 --skips 0 --norm-in --norm-out --bias --steps 1 \
 --batch 2 --seq 64 --accum 1 --at-once --lr 0.006 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
 --weight-decay 4 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
 check $? "--preset shakespeare is the recipe of README's first figure"
 train $tiny --batch 2 --preset hybrid --seq 64 --out hybrid text && [ "$(settings hybrid)" = "--channels 8 \
---latent 0 --units \"3x(conv:2:1 attn:4 mlp:2)\" --activation gelu --window 512 --tie --softcap 30 --steps 1 \
+--latent 0 --units \"3x(conv:2:1 attn:4 mlp:2)\" --activation gelu --window 512 --tie --softcap 30 --skips 0 --norm-in --norm-out --bias --steps 1 \
 --batch 2 --seq 64 --accum 1 --at-once --lr 0.005 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 \
 --weight-decay 1 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
 check $? "--preset hybrid: a conv, an attention and an mlp, three times"
+train $tiny --batch 2 --preset transformer --seq 64 --out pt text && [ "$(settings pt)" = "--channels 8 \
+--latent 0 --units \"positions 2x(attn:4:r0:n0 mlp:4)\" --activation gelu --window 512 --no-tie --softcap 0 \
+--skips 0 --no-norm-in --no-norm-out --bias --steps 1 --batch 2 --seq 64 --accum 1 --no-at-once --lr 0.001 \
+--min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 \
+--byte-dropout 0 --eval-every 250" ]
+check $? "--preset transformer: the paper's baseline"
+# (It scores windows of four receptive fields: nothing is held out here.)
+train $tiny --batch 1 --accum 1 --preset golf --seq 64 --val-frac 0 --out golf text &&
+    [ "$(settings golf)" = "--channels 8 --latent 0 \
+--units \"smear bigrams:4096:32 13x(attn:8:4096 mlp:2:lrelu2)\" --activation gelu --window 4096 --tie \
+--softcap 30 --skips 2 --norm-in --norm-out --no-bias --steps 1 --batch 1 --seq 64 --accum 1 --no-at-once \
+--lr 0.003 --min-lr 0 --warmup 200 --beta1 0.9 --beta2 0.95 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 \
+--byte-dropout 0 --eval-every 500" ]
+check $? "--preset golf: 13 layers, SmearGate, bigrams, skips"
+train $tiny --batch 2 --seq 64 --init pt --no-tie --out from_pt text && option from_pt --no-norm-out &&
+    option from_pt --no-norm-in && train $tiny --batch 2 --seq 64 --init golf --val-frac 0 --out from_golf text &&
+    option from_golf --no-bias && option from_golf '--skips 2'
+check $? "--init takes over skips, norms and biases"
 train $tiny --batch 2 --no-tie --latent 7 --no-selftest --out untied text && option untied '--no-tie'
 check $? "--no-tie switches off what is on by default"
 train --resume untied --steps 2 --no-tie && train --resume untied --steps 3 && option untied '--no-tie' &&

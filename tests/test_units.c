@@ -2,8 +2,9 @@
 // its row (model.h, Mixer): a new row of mixers/list.h is tested by being there.
 //
 // From the row's declared numbers it writes units as text, puts each into four stacks, so that
-// units with and without a norm, a tail and an activation of its own stand above and below it, and
-// gives every stack an ugly shape and options in turn. Then
+// units with and without a norm, a tail and an activation of its own stand above and below it
+// (above an input, which stands first), and gives every stack an ugly shape and options in turn,
+// skips among them. Then
 //   text        it parses, prints, and parses as the same unit; what the row forbids is refused;
 //   causality   byte t changes no output before t, nor another row; the row's reach is measured, on
 //               both sides of its edge;
@@ -31,7 +32,7 @@
 
 // ---- Cases: a unit, the stack it stands in, a shape and options ---------------------------------
 
-enum { VARIETIES = 10, STACKS = 4, BEYOND = 70, MOST_CASES = 4096, WORD = 400 };
+enum { VARIETIES = 11, STACKS = 4, BEYOND = 70, MOST_CASES = 4096, WORD = 400 };
 
 typedef struct {
     int number;
@@ -75,27 +76,30 @@ static int within(const Number *n, int value) { return value < n->high ? value :
 //   1 to 3   every number at its lowest, one above, two above
 //   4 to 7   one number BEYOND the windows, the others one above their lowest
 //   8, 9     the last number three times, and seven times: more than there are places to wait in
+//   10       as 3, but the last number at its lowest
 static bool unit_of(const Mixer *m, int variety, char *text, size_t size) {
     int n = declared_numbers(m), beyond = variety - 4;
     snprintf(text, size, "%s", m->name);
     if (variety == 0) return true;
-    if (n == 0 || (variety >= 8 && !m->repeats)) return false;
+    bool again = variety == 8 || variety == 9;
+    if (n == 0 || (again && !m->repeats)) return false;
     if (variety >= 4 && variety < 8 && (beyond >= n || m->numbers[beyond].high < BEYOND))
         return false;
     for (int i = 0; i < n; i++) {
-        int value = m->numbers[i].low + (variety < 4 ? variety - 1 : 1);
         const Number *d = &m->numbers[i];
+        int value = d->low + (variety < 4 ? variety - 1 : variety == 10 ? 2 * (i < n - 1) : 1);
         append_number(text, size, d, i == beyond ? BEYOND : within(d, value));
     }
-    for (int i = 1; variety >= 8 && i < (variety == 8 ? 3 : 7); i++)
+    for (int i = 1; again && i < (variety == 8 ? 3 : 7); i++)
         append(text, size, ":%d", within(&m->numbers[n - 1], m->numbers[n - 1].low + i % 3));
     return true;
 }
 
 // Texts that the units allow but the channels do not (a width) are left out.
 static void add_case(const Mixer *m, int variety, int stack, int activation, const char *unit) {
-    static const char *const stacks[STACKS] = {"%s", "%s %s", "conv:2:1 %s block:2:1:3",
-                                               "block:2:1:3 %s conv:2:1"};
+    static const char *const stacks[2][STACKS] = {
+        {"%s", "%s %s", "conv:2:1 %s block:2:1:3", "block:2:1:3 %s conv:2:1"},
+        {"%s", "%s %s conv:2:1 mlp:1", "%s conv:2:1 block:2:1:3", "%s block:2:1:3 conv:2:1"}};
     int i = variety * STACKS + stack, turn = variety + stack + activation;
     Case c = {.number = n_cases, .stack = stack, .beyond = variety >= 4 && variety < 8,
               .B = shapes[(i + 3 * activation) % SHAPES].B,
@@ -106,9 +110,14 @@ static void add_case(const Mixer *m, int variety, int stack, int activation, con
     // What names no activation, the neighbours, has another one.
     c.config = (Config){.channels = c.beyond && C > 8 ? 8 : C, .tie = turn / 3 % 2,
                         .activation = (Activation)((activation + 1) % N_ACTIVATIONS),
-                        .softcap = turn % 5 == 0 ? 5.0625f : 0};
+                        .softcap = turn % 5 == 0 ? 5.0625f : 0, .skips = i % 3 == 1,
+                        // without a norm one channel is a difference of much larger numbers, and
+                        // squares of squares grow
+                        .no_norm_in = C > 1 && i % 5 == 2, .no_bias = i % 7 == 3};
+    c.config.no_norm_out = !c.config.tie && C > 1 && activation == 0 && i % 4 == 3;
     c.config.latent = c.config.tie ? c.config.channels : c.config.channels + 3;
-    snprintf(c.config.units, sizeof c.config.units, stacks[stack], unit, unit);
+    snprintf(c.config.units, sizeof c.config.units, stacks[m->input][stack], unit,
+             unit);
     Error e;
     bool unfit = config_check(&c.config, &e) != 0;
     if (unfit && variety == 0) {  // defaults must fit a usual width
@@ -131,7 +140,7 @@ static void make_cases(void) {
             for (int v = 0; v < VARIETIES; v++) {
                 if (!unit_of(mixers[i], v, unit, sizeof unit)) continue;
                 // The square of a square .. seven deep leaves the range of numbers.
-                if (v == VARIETIES - 1 && act_value((Activation)a, 1000) > 2000) continue;
+                if (v == 9 && act_value((Activation)a, 1000) > 2000) continue;
                 size_t used = strlen(unit);
                 if (mixers[i]->activation)
                     snprintf(unit + used, sizeof unit - used, ":%s", activation_names[a]);
@@ -142,9 +151,11 @@ static void make_cases(void) {
 // The case in words. The text lasts until the next call.
 static const char *words(const char *who, const Case *c) {
     static char text[UNITS_TEXT + 128];
-    snprintf(text, sizeof text, "%s, %s%s, B %d T %d C %d%s%s", who, c->config.units,
-             c->config.tie ? ", tied" : "", c->B, c->T, c->config.channels,
-             c->dropout > 0 ? ", dropout" : "", c->passes > 1 ? ", 2 passes" : "");
+    const Config *k = &c->config;
+    snprintf(text, sizeof text, "%s, %s%s%s%s%s%s, B %d T %d C %d%s%s", who, k->units,
+             k->tie ? ", tied" : "", k->skips ? ", skips" : "", k->no_norm_in ? ", no norm_in" : "",
+             k->no_norm_out ? ", no norm_out" : "", k->no_bias ? ", no bias" : "", c->B, c->T,
+             k->channels, c->dropout > 0 ? ", dropout" : "", c->passes > 1 ? ", 2 passes" : "");
     return text;
 }
 
@@ -472,19 +483,31 @@ static void logits_after(const Case *c, const real *params, uint64_t from, int n
     stream_free(&s);
 }
 
-// Positions count only by their differences: the same text 10 million bytes further on.
+// A text that begins far on: byte by byte as in a window that is told where it begins. Where the
+// place in the text does not count, positions do by their differences alone.
 static void test_far_on(const Case *c) {
-    enum { LONGEST = 1000 };
+    enum { LONGEST = 1000, FAR = 10000019 };
     int64_t field = config_receptive_field(&c->config);
     if (field > LONGEST) return;
     Model m;
     real here[V], far[V];
-    open_or_die(&m, &cpu_backend, &c->config, 1, 1, NULL);
+    open_or_die(&m, &cpu_backend, &c->config, 1, (int)field, NULL);
     fill_params(&m, 91);
-    logits_after(c, m.params, 0, (int)field, here);
-    logits_after(c, m.params, 10000019, (int)field, far);
-    check_error(relative_error(far, here, V), 1e-5, "streaming, %s: 10 million bytes further on",
-                c->config.units);
+    logits_after(c, m.params, FAR, (int)field, far);
+    if (config_absolute(&c->config)) {
+        for (int t = 0; t < field; t++) m.ids[t] = byte_at((size_t)t);
+        model_forward(&m, NULL);
+        const real *last = (const real *)m.logits + (size_t)(field - 1) * V;
+        check(!same_bits(far, last, V), "streaming, %s: far on is another place", c->config.units);
+        m.starts[0] = FAR;
+        model_forward(&m, NULL);
+        check(same_bits(far, last, V), "streaming, %s: 10 million bytes on, bit for bit",
+              c->config.units);
+    } else {
+        logits_after(c, m.params, 0, (int)field, here);
+        check_error(relative_error(far, here, V), 1e-5,
+                    "streaming, %s: 10 million bytes further on", c->config.units);
+    }
     model_free(&m);
 }
 
@@ -517,6 +540,21 @@ static void test_scoring(const Case *c) {
         check_error(fabs(nats / sum - 1), 1e-6, "scoring, %s: %d bytes from %d on",
                     c->config.units, n, from);
     }
+    if (config_absolute(&c->config)) {  // as it is while training: windows like those begin anew
+        Config trained = c->config;
+        Model m;
+        double anew, part = 0;
+        size_t scored = 0;
+        trained.window = 12;
+        open_or_die(&m, &cpu_backend, &trained, 2, 40, NULL);
+        fill_params(&m, 55);
+        if (model_score_windows(&m, text, (size_t)n, 1, 7, 6, &anew, NULL, &e) ||
+            model_score_part(&m, text, (size_t)n, 1, (size_t)n, &part, &scored, NULL, &e))
+            need(false, e.text);
+        check(anew == part && scored == (size_t)n - 1, "scoring, %s: in windows of 12 that begin "
+              "anew", c->config.units);
+        model_free(&m);
+    }
     free(text), free(ids), free(losses);
     model_free(&whole);
     model_free(&windows);
@@ -529,6 +567,8 @@ static char folder[] = "/tmp/test_units.XXXXXX";
 static bool same_config(const Config *a, const Config *b) {
     return a->channels == b->channels && a->latent == b->latent && a->activation == b->activation &&
            a->tie == b->tie && a->window == b->window && a->softcap == b->softcap &&
+           a->skips == b->skips && a->no_norm_in == b->no_norm_in &&
+           a->no_norm_out == b->no_norm_out && a->no_bias == b->no_bias &&
            strcmp(a->units, b->units) == 0;
 }
 
@@ -642,6 +682,114 @@ static void test_refusals(const Mixer *m) {
                   parsed[2].activation == ACT_gelu, "text, %s: each its activation", text);
         check(!unit_same(&parsed[0], &parsed[1]), "text, %s: no two the same", text);
     }
+}
+
+// Pairs of bytes spread over the buckets as random numbers would: of those with one byte in common
+// almost all differ, and no bucket is left out or crowded. (Low bits of a byte alone fail this.)
+static void test_hash(void) {
+    enum { BUCKETS = 4096 };
+    static int load[BUCKETS];
+    const LookupShape s = {1, 2, BUCKETS, 1, true}, bytes = {1, 2, V, 1, false};
+    int fewest = V, least = V * V, most = 0;
+    memset(load, 0, sizeof load);
+    for (int a = 0; a < V; a++) {
+        int last[2][V], different[2] = {0, 0};
+        for (int b = 0; b < V; b++) {
+            last[0][b] = lookup_key((const int[]){a, b}, 1, s);
+            last[1][b] = lookup_key((const int[]){b, a}, 1, s);
+            load[last[0][b]]++;
+        }
+        for (int side = 0; side < 2; side++) {
+            for (int b = 0; b < V; b++) {
+                int twice = 0;
+                for (int c = 0; c < b; c++) twice += last[side][c] == last[side][b];
+                different[side] += !twice;
+            }
+            if (different[side] < fewest) fewest = different[side];
+        }
+    }
+    for (int i = 0; i < BUCKETS; i++) {
+        if (load[i] < least) least = load[i];
+        if (load[i] > most) most = load[i];
+    }
+    check(fewest > V * 9 / 10, "bigrams: of 256 pairs with a byte in common at least %d differ",
+          fewest);
+    check(least > 0 && most < 3 * V * V / BUCKETS, "bigrams: a bucket holds %d to %d pairs", least,
+          most);
+    const int ids[] = {7, BYTE_DROPPED, 9, 11};
+    bool none = lookup_key(ids, 0, s) < 0 && lookup_key(ids, 1, s) < 0;
+    none = none && lookup_key(ids, 2, s) < 0 && lookup_key(ids + 1, 1, s) < 0;
+    check(none, "bigrams: none with a dropped byte, none where a window begins");
+    check(lookup_key(ids, 3, (LookupShape){1, 4, BUCKETS, 1, true}) >= 0 &&
+              lookup_key(ids, 2, bytes) == 9 && lookup_key(ids, 1, bytes) < 0,
+          "look-up: bytes are their own rows, dropped ones have none");
+}
+
+// "Attention is all you need", a second time, near and far.
+static void test_sinusoids(void) {
+    enum { C = 33, T = 5 };
+    const uint64_t starts[] = {0, 10000019};
+    real x[2 * T * C], out[2 * T * C];
+    double worst = 0;
+    fill(x, 2 * T * C, 8, 0, 1);
+    cpu_backend.inputs.positions(out, x, starts, 2, T, C);
+    for (int n = 0; n < 2 * T; n++)
+        for (int c = 0; c < C; c++) {
+            double t = (double)(starts[n / T] + (uint64_t)(n % T));
+            double angle = t / pow(10000, c / 2 * 2 / (double)C);
+            double expected = (double)x[n * C + c] + (c % 2 ? cos(angle) : sin(angle));
+            worst = fmax(worst, fabs((double)out[n * C + c] - expected));
+        }
+    check_error(worst, 3e-7, "positions: sines and cosines, at 0 and at 10 million");
+}
+
+// Which layers a skip goes from and to.
+static void test_mirror(void) {
+    static const int to[] = {-1, 9, -1, 7, -1, -1, -1, -1, -1, -1, -1};  // of unit 1 + i, L = 5
+    Model m = {.config = {.channels = 8, .latent = 8, .units = "smear 10x(conv)", .skips = 2}};
+    Error e;
+    int wrong = 0;
+    if (model_describe(&m, &e)) need(false, e.text);
+    for (int i = 0; i < m.U; i++) {
+        int up = m.units[i].skip.to ? m.units[i].skip.to->index : -1;
+        wrong += up != to[i] || (up >= 0 && m.units[up].skip.from != &m.units[i]);
+    }
+    check(wrong == 0, "skips: 5 layers of 2 units behind an input: layer 0 to 4, layer 1 to 3");
+    model_free(&m);
+}
+
+// Presets whose sizes are other systems': the paper's transformer, and golf (see README).
+static void test_preset_sizes(void) {
+    const Config both[] = {
+        {.channels = 256, .latent = 256, .units = "positions 2x(attn:4:r0:n0 mlp:4)",
+         .no_norm_in = true, .no_norm_out = true},
+        {.channels = 512, .latent = 512, .units = "smear bigrams:4096:32 13x(attn:8:4096 mlp:2)",
+         .tie = true, .no_bias = true, .skips = 2}};
+    static const size_t sizes[] = {1776640, 27573864};
+    for (int i = 0; i < 2; i++) {
+        Model m = {.config = both[i]};
+        Error e;
+        if (model_describe(&m, &e)) need(false, e.text);
+        check(m.n_params == sizes[i], "%s: %zu parameters, expected %zu", both[i].units, m.n_params,
+              sizes[i]);
+        model_free(&m);
+    }
+}
+
+// Inputs stand first; a layer of --skips is a whole number of units.
+static void test_order(void) {
+    Error e;
+    Config c = {.channels = 8, .latent = 8, .units = "smear 6x(conv)"};
+    check_parse(4, "smear (bigrams positions) conv");
+    check_parse(-6, "conv smear");
+    check_parse(-7, "smear 2x(bigrams conv)");
+    for (c.skips = -1; c.skips < 8; c.skips++) {
+        bool divides = c.skips >= 0 && (c.skips == 0 || 6 % c.skips == 0);
+        check((config_check(&c, &e) == 0) == divides, "skips %d of %s: %s", c.skips, c.units,
+              divides ? "fits" : e.text);
+    }
+    c = (Config){.channels = 8, .latent = 8, .units = "conv", .tie = true, .no_norm_out = true};
+    check(config_check(&c, &e) != 0, "no last LayerNorm and a tied head: %s", e.text);
 }
 
 static void test_grammar(void) {
@@ -794,6 +942,11 @@ int main(int argc, char **argv) {
     set_threads(1);  // a hundred thousand tiny calls; that threads change nothing: test_model
     make_cases();
     test_grammar();
+    test_order();
+    test_hash();
+    test_sinusoids();
+    test_mirror();
+    test_preset_sizes();
     for (int i = 0; i < n_mixers; i++) test_refusals(mixers[i]);
     for (int i = 0; i < n_cases; i++) test_text(&cases[i]);
     for (int i = 0; i < n_cases; i++) test_backend(&plain_backend, &cases[i]);
