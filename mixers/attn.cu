@@ -31,7 +31,7 @@ static __device__ float2 angle_of(uint64_t t, int p, int R) {
 
 // One warp a row of qkv: a lane owns pairs lane and lane + 32 of every head, so a row's angles are
 // computed once for all heads, and neighbours read neighbours.
-// Bound: memory, turn_bytes. naive: the same in float32; it has no simpler form worth a kernel.
+// Bound: memory, turn_bytes.
 enum { LANE_PAIRS = MAX_HEAD / 64 };
 
 template <typename T>
@@ -97,16 +97,137 @@ __global__ void turn_backward_rows(T *dqkv, const T *qkv, const float *rms, Atte
     }
 }
 
+// wide: heads of D channels that are turned as a whole, D = 32, 64 or 128. D/16 lanes share a head,
+// and a lane owns 8 channels of each half: two loads of 16 bytes. A row's D/2 angles are computed
+// once, one or two a lane, and handed round.
+// Bound before: loads of two bytes, one head after the other, at 42 % (back 56 %) of a copy.
+
+// turn[j]: of pair 8 * (lane % (D/16)) + j.
+template <int D>
+static __device__ void share_angles(float2 turn[8], uint64_t t) {
+    const int lane = threadIdx.x % 32, first = lane % (D / 16) * 8;
+    const float2 own = angle_of(t, lane, D), next = angle_of(t, lane + 32, D);
+    for (int j = 0; j < 8; j++) {
+        const int from = (first + j) % 32;
+        turn[j] = make_float2(__shfl_sync(~0u, own.x, from), __shfl_sync(~0u, own.y, from));
+        if (D <= 64) continue;
+        float2 v = make_float2(__shfl_sync(~0u, next.x, from), __shfl_sync(~0u, next.y, from));
+        if (first >= 32) turn[j] = v;
+    }
+}
+// The sum over the lanes of a head.
+template <int D>
+static __device__ float head_sum(float v) {
+    for (int m = 1; m < D / 16; m *= 2) v += __shfl_xor_sync(~0u, v, m);
+    return v;
+}
+// Both halves of a lane's 16 channels of a head; zeros where there is no head.
+template <int D, typename T>
+static __device__ void load_halves(float v[2][8], const T *x, bool has) {
+    for (int j = 0; j < 8; j++) v[0][j] = v[1][j] = 0;
+    if (has) load_eight(v[0], x), load_eight(v[1], x + D / 2);
+}
+
+template <int D, typename T>
+__global__ void turn_forward_wide(T *qkv, float *rms, AttentionShape s) {
+    begin_dependent();
+    enum { LANES = D / 16, HEADS_AT_ONCE = 32 / LANES };
+    const size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, heads = s.H + s.G;
+    if (n >= (size_t)s.B * s.T) return;
+    float2 turn[8];
+    share_angles<D>(turn, n % s.T);
+    for (int h0 = 0; h0 < heads; h0 += HEADS_AT_ONCE) {
+        const int h = h0 + lane / LANES;
+        T *x = qkv + n * row_width(s) + (size_t)h * D + lane % LANES * 8;
+        float v[2][8], squares = 0;
+        load_halves<D>(v, x, h < heads);
+        for (int j = 0; j < 8; j++) squares += v[0][j] * v[0][j] + v[1][j] * v[1][j];
+        squares = head_sum<D>(squares);
+        if (h >= heads) continue;
+        const float r = s.raw ? 1 : rsqrtf(squares / D + (float)NORM_EPS);
+        if (rms && lane % LANES == 0) rms[n * heads + h] = r;
+        for (int j = 0; j < 8; j++) {
+            float a = r * v[0][j], b = r * v[1][j];
+            v[0][j] = a * turn[j].x - b * turn[j].y;
+            v[1][j] = a * turn[j].y + b * turn[j].x;
+        }
+        store_eight(x, v[0]), store_eight(x + D / 2, v[1]);
+    }
+}
+
+template <int D, typename T>
+__global__ void turn_backward_wide(T *dqkv, const T *qkv, const float *rms, AttentionShape s) {
+    begin_dependent();
+    enum { LANES = D / 16, HEADS_AT_ONCE = 32 / LANES };
+    const size_t n = (size_t)blockIdx.x * WARPS + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, heads = s.H + s.G;
+    if (n >= (size_t)s.B * s.T) return;
+    float2 turn[8];
+    share_angles<D>(turn, n % s.T);
+    for (int h0 = 0; h0 < heads; h0 += HEADS_AT_ONCE) {
+        const int h = h0 + lane / LANES;
+        const size_t at = n * row_width(s) + (size_t)h * D + lane % LANES * 8;
+        float g[2][8], y[2][8], dot = 0;
+        load_halves<D>(g, dqkv + at, h < heads);
+        load_halves<D>(y, qkv + at, h < heads);
+        for (int j = 0; j < 8; j++) {
+            const float2 dv = make_float2(g[0][j], g[1][j]), v = make_float2(y[0][j], y[1][j]);
+            g[0][j] = dv.x * turn[j].x + dv.y * turn[j].y;
+            g[1][j] = dv.y * turn[j].x - dv.x * turn[j].y;
+            y[0][j] = v.x * turn[j].x + v.y * turn[j].y;
+            y[1][j] = v.y * turn[j].x - v.x * turn[j].y;
+            dot += g[0][j] * y[0][j] + g[1][j] * y[1][j];
+        }
+        dot = head_sum<D>(dot);
+        if (h >= heads) continue;
+        const float r = rms[n * heads + h], mean = s.raw ? 0 : dot / D;
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < 8; j++) g[i][j] = r * (g[i][j] - y[i][j] * mean);
+        store_eight(dqkv + at, g[0]), store_eight(dqkv + at + D / 2, g[1]);
+    }
+}
+
 template <typename T>
-static void turn_forward_tiled(act *qkv, real *rms, AttentionShape s) {
-    LAUNCH(turn_forward_rows<T>, blocks_for((size_t)s.B * s.T, WARPS), THREADS, (T *)qkv, rms, s);
+static void turn_forward_by(void (*kernel)(T *, float *, AttentionShape), act *qkv, real *rms,
+                            AttentionShape s) {
+    LAUNCH(kernel, blocks_for((size_t)s.B * s.T, WARPS), THREADS, (T *)qkv, rms, s);
     LAUNCHED("turn_forward", 0, turn_bytes(s, sizeof(T), 2));
 }
 template <typename T>
-static void turn_backward_tiled(act *dqkv, const act *qkv, const real *rms, AttentionShape s) {
-    LAUNCH(turn_backward_rows<T>, blocks_for((size_t)s.B * s.T, WARPS), THREADS, (T *)dqkv,
-           (const T *)qkv, rms, s);
+static void turn_backward_by(void (*kernel)(T *, const T *, const float *, AttentionShape),
+                             act *dqkv, const act *qkv, const real *rms, AttentionShape s) {
+    LAUNCH(kernel, blocks_for((size_t)s.B * s.T, WARPS), THREADS, (T *)dqkv, (const T *)qkv, rms,
+           s);
     LAUNCHED("turn_backward", 0, turn_bytes(s, sizeof(T), 3));
+}
+static void turn_forward_naive(act *qkv, real *rms, AttentionShape s) {
+    turn_forward_by(turn_forward_rows<float>, qkv, rms, s);
+}
+static void turn_backward_naive(act *dqkv, const act *qkv, const real *rms, AttentionShape s) {
+    turn_backward_by(turn_backward_rows<float>, dqkv, qkv, rms, s);
+}
+// Channels of a head where a wide kernel takes it, else 0.
+static int turned_whole(AttentionShape s, const act *qkv, const act *dqkv) {
+    return s.R == s.d && aligned16(qkv) && aligned16(dqkv) ? s.d : 0;
+}
+template <typename T>
+static void turn_forward_tiled(act *qkv, real *rms, AttentionShape s) {
+    switch (turned_whole(s, qkv, NULL)) {
+    case 32: turn_forward_by(turn_forward_wide<32, T>, qkv, rms, s); break;
+    case 64: turn_forward_by(turn_forward_wide<64, T>, qkv, rms, s); break;
+    case 128: turn_forward_by(turn_forward_wide<128, T>, qkv, rms, s); break;
+    default: turn_forward_by(turn_forward_rows<T>, qkv, rms, s);
+    }
+}
+template <typename T>
+static void turn_backward_tiled(act *dqkv, const act *qkv, const real *rms, AttentionShape s) {
+    switch (turned_whole(s, qkv, dqkv)) {
+    case 32: turn_backward_by(turn_backward_wide<32, T>, dqkv, qkv, rms, s); break;
+    case 64: turn_backward_by(turn_backward_wide<64, T>, dqkv, qkv, rms, s); break;
+    case 128: turn_backward_by(turn_backward_wide<128, T>, dqkv, qkv, rms, s); break;
+    default: turn_backward_by(turn_backward_rows<T>, dqkv, qkv, rms, s);
+    }
 }
 
 // ---- naive: the plain loops, a thread for each row and head -------------------------------------
@@ -575,14 +696,10 @@ template void attention_backward_tiled<bf16>(act *, real *, const act *, const a
 // ---- The table ----------------------------------------------------------------------------------
 
 const Kernel attention_kernels[] = {
-    NAMED_KERNEL(float, attention.turn_forward, "turn_forward_rows", turn_forward_tiled<float>,
-                 "naive tiled", "a warp a row: the angles once for all heads"),
-    NAMED_KERNEL(bf16, attention.turn_forward, "turn_forward_rows_bf16", turn_forward_tiled<bf16>,
-                 "tensor", "the same, bf16"),
-    NAMED_KERNEL(float, attention.turn_backward, "turn_backward_rows", turn_backward_tiled<float>,
-                 "naive tiled", "a warp a row"),
-    NAMED_KERNEL(bf16, attention.turn_backward, "turn_backward_rows_bf16",
-                 turn_backward_tiled<bf16>, "tensor", "the same, bf16"),
+    KERNEL(float, attention.turn_forward, turn_forward_naive, "naive", "a warp a row"),
+    KERNEL_PAIR(attention.turn_forward, turn_forward_tiled, "the same, 16 bytes at a time"),
+    KERNEL(float, attention.turn_backward, turn_backward_naive, "naive", "a warp a row"),
+    KERNEL_PAIR(attention.turn_backward, turn_backward_tiled, "the same, 16 bytes at a time"),
     KERNEL(float, attention.forward, attention_forward_naive, "naive", "a thread a row and head"),
     KERNEL_PAIR(attention.forward, attention_forward_tiled,
                 "tiles of queries walk over tiles of keys, the softmax as they come"),
