@@ -343,13 +343,15 @@ static void open_windows(Windows *w, const Stream *s, bool latents) {
 }
 
 // All outputs of the windows in hand. `skip`: outputs of the first window that are not wanted.
-static void run_windows(Windows *w, Stream *s, size_t skip) {
+// base: where they begin in the file; with --windows each is a text of its own.
+static void run_windows(Windows *w, Stream *s, uint64_t base, size_t skip) {
     size_t D = (size_t)s->table.config.latent, end = w->context + w->segment;
     size_t windows = w->have > end ? (w->have - w->context + w->segment - 1) / w->segment : 1;
     int ids[MAX_STREAMS], targets[MAX_STREAMS];
     real losses[MAX_STREAMS];
     if (windows > (size_t)s->capacity) windows = (size_t)s->capacity;
     stream_begin(s, (int)windows);
+    for (size_t j = 0; j < windows && !opt.windows; j++) s->starts[j] = base + j * w->segment;
     for (size_t i = 0; i < end && i < w->have; i++) {
         for (size_t j = 0; j < windows; j++) {
             size_t at = j * w->segment + i;
@@ -387,7 +389,7 @@ static uint64_t scan(Stream *s, const char *path, bool latents, Visit visit, voi
         if (ferror(f)) stop((fail(&e, "cannot read %.200s: %s", path, strerror(errno)), &e));
         size_t skip = base ? w.context : 0, n = w.have < outputs ? w.have : outputs;
         if (n > skip) {
-            run_windows(&w, s, skip);
+            run_windows(&w, s, base, skip);
             Part part = {.first = base + skip, .n = n - skip, .bytes = w.bytes + skip,
                          .losses = w.losses + skip,
                          .scored = n - skip - (w.have == n ? 1 : 0)};

@@ -269,7 +269,8 @@ static void stream_step_positions(const Stream *s, const StreamUnit *u) {
     size_t C = (size_t)u->unit->C;
 #pragma omp for schedule(static)
     for (int j = 0; j < s->S; j++)
-        position_row(s->x + (size_t)j * C, s->x + (size_t)j * C, s->position, (int)C);
+        position_row(s->x + (size_t)j * C, s->x + (size_t)j * C, s->starts[j] + s->position,
+                     (int)C);
 }
 
 const Mixer smear_mixer = {

@@ -223,7 +223,7 @@ void stream_begin(Stream *s, int S) {
     s->S = S;
     // The rings keep their old rows: point_at_rows reads none from before position 0.
     s->position = 0;
-    for (int j = 0; j < S; j++) s->before[j] = BYTE_DROPPED;
+    for (int j = 0; j < S; j++) s->before[j] = BYTE_DROPPED, s->starts[j] = 0;
     // One stream is limited by reading weights; from about six on, arithmetic is.
     size_t weights = s->weight_pieces.used / s->n_maps;
     s->parallel = weights * (size_t)(S + 5) / 6 >= WORTH_THREADS;

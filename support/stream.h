@@ -52,6 +52,7 @@ struct Stream {
     Model table;        // described only: configuration, units, offsets
     int capacity, S;    // streams there is room for; streams that run
     uint64_t position;  // bytes pushed since the text began
+    uint64_t starts[MAX_STREAMS];  // where each stream's text begins in one that it is a part of
     int panel;          // width of the panels of weights
     StreamUnit *units;
     Taps **taps;  // of all units
@@ -82,7 +83,8 @@ int stream_open(Stream *s, const Config *config, const real *params, int capacit
 int stream_memory(const Config *config, int capacity, double *weights, double *state, Error *e);
 // Takes a Stream in any state after stream_open, also a zeroed one.
 void stream_free(Stream *s);
-// The text begins: before it there is nothing but zeros. S streams run, 1 to capacity.
+// The text begins: before it there is nothing but zeros. S streams run, 1 to capacity. What is a
+// part of another text is told so by starts (then 0), after this call.
 void stream_begin(Stream *s, int S);
 // Feeds one byte to every stream: ids (S). logits (S,V) are for the byte that follows, before the
 // softcap; latents (S,D) may be NULL.

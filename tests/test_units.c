@@ -470,12 +470,14 @@ static void test_streaming(const Case *c) {
     model_free(&m);
 }
 
-// The logits for the byte after a text of n, which begins at byte `from` of a longer one.
-static void logits_after(const Case *c, const real *params, uint64_t from, int n, real *logits) {
+// The logits for the byte after a text of n, which begins at byte from + start of a longer one.
+static void logits_after(const Case *c, const real *params, uint64_t from, uint64_t start, int n,
+                         real *logits) {
     Stream s;
     Error e;
     if (stream_open(&s, &c->config, params, 1, &e)) need(false, e.text);
     s.position = from;
+    s.starts[0] = start;
     for (int t = 0; t < n; t++) {
         int id = byte_at((size_t)t);
         stream_push(&s, &id, NULL, logits);
@@ -493,7 +495,7 @@ static void test_far_on(const Case *c) {
     real here[V], far[V];
     open_or_die(&m, &cpu_backend, &c->config, 1, (int)field, NULL);
     fill_params(&m, 91);
-    logits_after(c, m.params, FAR, (int)field, far);
+    logits_after(c, m.params, FAR, 0, (int)field, far);
     if (config_absolute(&c->config)) {
         for (int t = 0; t < field; t++) m.ids[t] = byte_at((size_t)t);
         model_forward(&m, NULL);
@@ -503,8 +505,10 @@ static void test_far_on(const Case *c) {
         model_forward(&m, NULL);
         check(same_bits(far, last, V), "streaming, %s: 10 million bytes on, bit for bit",
               c->config.units);
+        logits_after(c, m.params, 0, FAR, (int)field, here);
+        check(same_bits(here, far, V), "streaming, %s: a part that begins there", c->config.units);
     } else {
-        logits_after(c, m.params, 0, (int)field, here);
+        logits_after(c, m.params, 0, 0, (int)field, here);
         check_error(relative_error(far, here, V), 1e-5,
                     "streaming, %s: 10 million bytes further on", c->config.units);
     }
