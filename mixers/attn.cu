@@ -331,9 +331,26 @@ __global__ void attention_queries_naive(float *dqkv, const float *dout, const fl
 }
 
 // dgain += sums of the columns of delta (N,H), in a fixed order: a block for each head.
+// wide: `lanes` lanes share a row of 8 * lanes channels, 16 bytes of bf16 each: 27 -> 12 us for
+// 32768 rows of 4 heads of 64.
+template <typename T>
+__global__ void attention_deltas_wide(float *delta, const T *dout, const T *out, size_t rows,
+                                      int lanes) {
+    begin_dependent();
+    const size_t at = (size_t)blockIdx.x * THREADS + threadIdx.x, i = at / (unsigned)lanes;
+    float sum = 0, a[8], b[8];
+    if (i < rows) {
+        load_eight(a, dout + 8 * at);
+        load_eight(b, out + 8 * at);
+        for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+    }
+    for (int m = 1; m < lanes; m *= 2) sum += __shfl_xor_sync(~0u, sum, m);
+    if (i < rows && at % (unsigned)lanes == 0) delta[i] = sum;
+}
 __global__ void attention_gains(float *dgain, const float *delta, size_t N, int H) {
     begin_dependent();
     double sum = 0;
+#pragma unroll 8  // so many loads are on their way at a time
     for (size_t n = threadIdx.x; n < N; n += blockDim.x) sum += delta[n * H + blockIdx.x];
     sum = block_sum(sum);
     if (threadIdx.x == 0) dgain[blockIdx.x] += (float)sum;
@@ -342,7 +359,14 @@ __global__ void attention_gains(float *dgain, const float *delta, size_t N, int 
 template <typename T>
 static void launch_deltas(real *delta, const act *dout, const act *out, AttentionShape s) {
     size_t rows = (size_t)s.B * s.T * s.H;
-    LAUNCH(attention_deltas<T>, blocks_for(rows, WARPS), THREADS, delta, (const T *)dout,
+    const int lanes = s.d / 8;
+    const bool wide = s.d % 8 == 0 && (lanes & (lanes - 1)) == 0 && aligned16(dout) &&
+                      aligned16(out);
+    if (wide)
+        LAUNCH(attention_deltas_wide<T>, blocks_for(rows * lanes, THREADS), THREADS, delta,
+               (const T *)dout, (const T *)out, rows, lanes);
+    else
+        LAUNCH(attention_deltas<T>, blocks_for(rows, WARPS), THREADS, delta, (const T *)dout,
            (const T *)out, rows, s.d);
     LAUNCHED("attention_deltas", 0, 2 * array_bytes(sizeof(T), rows, s.d));
 }
