@@ -35,6 +35,7 @@ static const struct {
     {embed_kernels, &n_embed_kernels},         {layer_kernels, &n_layer_kernels},
     {optimizer_kernels, &n_optimizer_kernels}, {attention_kernels, &n_attention_kernels},
     {attention_mma_kernels, &n_attention_mma_kernels},
+    {attention_wgmma_kernels, &n_attention_wgmma_kernels},
 };
 enum { N_FILES = sizeof files / sizeof *files, MAX_KERNELS = 128 };
 
@@ -98,7 +99,8 @@ const Backend *gpu_backend(const char *name, Error *e) {
         made[i].name = backends[i].name;
         made[i].idea = backends[i].idea;
         made[i].work_bytes = backends[i].bf16_acts ? bf16_work_bytes : gpu_work_bytes;
-        made[i].attention.work_bytes = no_work;
+        made[i].attention.work_bytes =
+            backends[i].bf16_acts ? attention_wgmma_work_bytes : no_work;
         if (backends[i].bf16_acts) store_bf16(&made[i]);
         for (int j = 0; j < n; j++)
             if (names(k[j].used_by, name)) kernel_install(&made[i], &k[j]);
