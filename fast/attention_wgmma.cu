@@ -9,43 +9,52 @@
 // Bound before: mma.sync reads both factors from registers, so every warp fetches every tile from
 // shared memory; and a warp that computes exponentials multiplies nothing.
 // Idea: a warpgroup owns 64 rows of a head, in registers, and walks over tiles of 64 others, which
-// a thread of its own copies to a ring of slots. A wgmma reads the tile from shared memory, in
-// either order: rows as columns (scores), or channels as columns (values). It runs beside other
-// instructions. So each step begins the products of the next tile's scores, computes the
-// exponentials of this one, then begins the products with them:
+// a thread of its own copies to a ring of slots. A wgmma reads a tile from shared memory in either
+// order, its rows as columns (scores) or its channels (values), and runs beside other instructions:
 //
-//   tensor cores   | scores of n+1 | . . | values of n | scores of n+2 | . . | values of n+1 |
-//   warpgroup      | exponentials of n .. | bounds of n+1 | exponentials of n+1 .. | bounds ..
+//   tensor cores   | scores n | values n-1 |               | scores n+1 | values n | ..
+//   a warpgroup               | exponentials n .. | scale o |            | exponentials n+1 ..
 //
-// Forward three warpgroups share a ring (and take turns by themselves), backward two: they need
-// more registers. Backward has two kernels without atomics, as the rung below; p and dp are
-// computed in both. The first owns queries: it makes delta from dout and out, which it has anyway,
-// then dq and dgain's sums. The second owns keys.
+// What it leaves idle the other warpgroups take: three forward; two backward, which need more
+// registers. Backward has two kernels without atomics, as the rung below; p and dp are computed in
+// both. The first owns queries: it makes delta from out and the gradients that it has anyway, then
+// dq and dgain's partial sums. The second owns keys.
 //
-// Count, per pair of a query and a key: 4 d operations forward; 6 d and 8 d backward, of which 4 d
-// are done twice. 64x2048 with 4 heads: P = 5.4e8 pairs, 138, 206 and 275 GFLOP. A multiprocessor
-// does 4096 a cycle, and 16 exponentials: forward a tile of 64 x 64 takes 256 cycles of either, so
-// that neither alone is the bound; every other instruction counts as well, some 300 a warp and tile.
-// Bytes: each array once from memory; a tile from L2, 16 KB, serves 192 rows forward, 128 backward.
-// Blocks draw items of work, those with most tiles first, because a fixed share left some with 14 %
-// more than the mean. Items of as many heads as fit into L2 together follow each other.
+// Count: forward 4 P d operations; backward 6 P d and 8 P d, of which 4 P d are done twice. 64x2048
+// with 4 heads: P = 5.4e8 pairs; 138, 206 and 275 GFLOP. A multiprocessor does 4096 a cycle and 16
+// exponentials: a tile of 64 x 64 takes forward 256 cycles of either, so neither alone binds, and
+// some 300 instructions of each of 4 warps: without any product it still takes 70 % of the time.
+// Bytes: a slot's, 16 KB, serve 192 rows forward and 128 backward. Blocks take items in turn, those
+// with most tiles first, so that none has more than 3 % above the mean.
 //
-//   shared memory   | own tiles, two places for the next item's | ring: 8 slots of two tiles |
-//                   | keys' kernel: lse and delta of 8 tiles of queries | barriers | items |
-//   a tile          64 rows of 128 bytes, swizzled; rows beyond a sequence are zeros by the map
-//   own tiles       forward q     queries q, dout     keys k, v
+//   shared memory   | own tiles | ring: 8 slots | for keys: lse, delta of each slot | barriers |
+//   a tile          64 rows of 128 bytes, swizzled; rows beyond a sequence are zeros, by the map
+//   own tiles       forward q     queries q, dout     keys k, v       for each warpgroup
 //   a slot          k, v          k, v                q, dout
 //
 // Barriers:     waits, for                                                prevents
-//   own full    groups, until an item's tiles and number have come        multiplying the last ones
-//   own empty   the copying thread, until all warps are done with them    overwriting them before
-//   full        groups, until a slot's tiles have come                    multiplying what lay there
+//   own full    groups, until an item's own tiles have come               reading the last item's
+//   own empty   the copying thread, until all warps have read them        overwriting them before
+//   full        groups, until a slot's tiles have come                    multiplying old ones
 //   empty       the copying thread, until all warps are done with a slot  overwriting it before
 //
-// Two rules of ptxas, or it runs products one by one and says so (C7514, C7515): sums are touched
-// only after a wait for all products, and no wgmma stands under a condition that others do not.
-// It also moves arithmetic over products and waits, but not over a branch: so the walk to the tile
-// after the next stands before the exponentials, and the mask behind them.
+// Two rules of ptxas, or it runs products one by one and says so (C7514, C7515): sums that another
+// instruction changes must have been waited for with all products before them, and no wgmma stands
+// under a condition. It moves a wait up over arithmetic, but not over a branch: forward the walk to
+// the next tile stands between the exponentials and the wait, backward the mask.
+//
+// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, commit 3f1e994 (since
+// then the walk of queries is another, and not yet timed), us (TFLOP/s: 4 P d and 10 P d); mma in
+// an earlier run of that day, FlashAttention-2 and cuDNN in another (MEASURED.md):
+//     B x T      forward           mma   FA2  cuDNN    backward         mma   FA2  cuDNN
+//     1x128         4.0            5.8                   12.6          12.7
+//     64x512       41.6 (207)     59.6    67     42      144  (149)     224   291    216
+//     32x1024      64.5 (267)     91.6    98     61      185  (232)     351   378    266
+//     64x2048     386   (356)    539     526    357     1174  (293)    2131  1973   1308
+// Tried and dropped, us, each beside what it was to beat in one run (two runs of one build differed
+// by up to 5 %): forward 128 keys a step and two warpgroups, 383 -> 413 at 64x2048, 41.9 -> 47.3 at
+// 64x512; 96 keys, 383 -> 380 and 41.9 -> 42.6; the scores after the next begun before the
+// exponentials, 408 -> 442 and 46.2 -> 44.7; items drawn from a counter, 408 -> 401, 46.2 -> 46.7.
 #include "fast/hopper.cuh"
 #include "mixers/attn.cuh"
 
@@ -56,7 +65,6 @@ enum {
     STAGE_BYTES = 2 * TILE_BYTES,
     SLOTS = 8,
     ROWS_BYTES = 2 * TILE * 4,  // lse and delta of a tile of queries
-    SECTION_BYTES = 1 << 30,   // of what blocks that run at a time walk over: L2 holds it
 };
 enum { FORWARD, QUERIES, KEYS };  // the kernels
 
@@ -86,23 +94,22 @@ typedef struct {
     const bf16 *y;    // backward: forward's out, for delta
     float *rows;      // (B,H,tiles,2,64): log2(e) lse, and gain / sqrt(d) delta
     float *gains;     // (B,strips of 16 rows,H): what they add to dgain
-    int blocks, section, items;  // blocks of rows of a head, heads of a section, items of work
+    int blocks, items;  // blocks of rows of a head, items of work
 } AttentionArgs;
 
 #ifdef HAVE_WGMMA
 // An item of work: GROUPS tiles of rows of a head, and the tiles that they walk over. Those with
-// most to walk over come first, in sections of heads.
+// most to walk over come first.
 template <int MODE>
 struct Item {
     int b, head, row0, first, end, heads;  // rows first..end-1, of `heads` heads
     __device__ Item(const AttentionArgs &a, int i) {
         enum { OWNED = Layout<MODE>::GROUPS * TILE };
         heads = MODE == KEYS ? a.s.H / a.s.G : 1;
-        const int pairs = a.s.B * (a.s.H / heads), from = i / (a.section * a.blocks) * a.section;
-        const int n = min(a.section, pairs - from), j = i - from * a.blocks, pair = from + j % n;
-        b = pair / (a.s.H / heads);
-        head = pair % (a.s.H / heads) * heads;
-        row0 = (MODE == KEYS ? j / n : a.blocks - 1 - j / n) * OWNED;
+        const int per_text = a.s.H / heads, all = a.s.B * per_text, block = i / all;
+        b = i % all / per_text;
+        head = i % all % per_text * heads;
+        row0 = (MODE == KEYS ? block : a.blocks - 1 - block) * OWNED;
         first = MODE == KEYS ? row0 : max(0, row0 - a.s.W + 1) / TILE * TILE;
         end = min(a.s.T, row0 + OWNED + (MODE == KEYS ? a.s.W - 1 : 0));
     }
@@ -160,15 +167,6 @@ INLINE void attention_copy(const AttentionArgs &a, uint32_t smem) {
 
 // ---- What the three kernels share ---------------------------------------------------------------
 
-INLINE Operand tile_operand(uint32_t at) { return operand(SWIZZLE_128, at, TILE_BYTES, 1024); }
-
-// Factors of 16 rows of a warp, all channels, from a tile of 64 rows in shared memory.
-INLINE void load_factors(uint32_t a[4][4], uint32_t tile) {
-    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16, second = threadIdx.x % 32 / 16;
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-        ldmatrix<false>(a[k], tile + row * 128 + ((2 * k + second) ^ row % 8) * 16);
-}
 // A tile that a warpgroup works on: its slot, its first row, the head whose it is.
 typedef struct {
     int slot, row, head;
@@ -184,11 +182,10 @@ struct Walk {
     int row, head;       // of tile n
     __device__ Walk(uint32_t at, const char *same) : smem(at), shared(same), n(0), own(0) {}
 
-    __device__ Operand first(Tile t) const {  // keys, or queries
-        return tile_operand(smem + L::RING + t.slot * STAGE_BYTES);
-    }
-    __device__ Operand second(Tile t) const {  // values, or gradients of out
-        return tile_operand(smem + L::RING + t.slot * STAGE_BYTES + TILE_BYTES);
+    // Keys and, second, values; or queries and gradients of out.
+    __device__ Operand tile(Tile t, int second) const {
+        return operand(SWIZZLE_128, smem + L::RING + t.slot * STAGE_BYTES + second * TILE_BYTES,
+                       TILE_BYTES, 1024);
     }
     // lse of a tile's queries, from the lane's first column on; TILE behind it the deltas.
     __device__ const float *rows(Tile t) const {
@@ -199,8 +196,12 @@ struct Walk {
         row = item.first, head = item.head;
         mbarrier_wait(smem + L::OWN_FULL, own++ % 2);
     }
+    // Factors of 16 rows of this warp, all channels, from the group's own tile n_own.
     __device__ void load_own(uint32_t (&a)[4][4], int n_own) const {
-        load_factors(a, smem + (threadIdx.x / 128 * L::OWN + n_own) * TILE_BYTES);
+        const int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16, c = threadIdx.x % 32 / 16;
+        const uint32_t row = smem + (threadIdx.x / 128 * L::OWN + n_own) * TILE_BYTES + r * 128;
+#pragma unroll
+        for (int k = 0; k < 4; k++) ldmatrix<false>(a[k], row + ((2 * k + c) ^ r % 8) * 16);
     }
     // This warp has read what the group owns, or a slot.
     __device__ void release_own() const {
@@ -245,27 +246,19 @@ INLINE void sums_as_factors(uint32_t (&a)[4][4], const float (&sums)[32]) {
     for (int i = 0; i < 16; i++) a[i / 4][i % 4] = pack(sums[2 * i], sums[2 * i + 1]);
 }
 
-// Whether in sum i of a lane the row sees the column (KEYS: is seen by it). apart: the warp's first
-// row less the tile's first.
-template <int MODE>
-INLINE bool sees(int i, int apart, int W) {
-    const int row = threadIdx.x % 32 / 4 + i % 4 / 2 * 8;
-    const int back = apart + row - (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2);
-    return (unsigned)(MODE == KEYS ? -back : back) < (unsigned)W;
-}
-// Whether all of a warp's 16 rows see all columns (KEYS: are seen by all).
-template <int MODE>
-INLINE bool all_see(int apart, int W) {
-    return MODE == KEYS ? apart + 15 <= 0 && TILE - 1 - apart < W
-                        : apart >= TILE - 1 && apart + 15 < W;
-}
-// x of which row does not see the column become `value`.
+// x becomes `value` where the row does not see the column (KEYS: is not seen by it). apart: the
+// warp's first row less the tile's first.
 template <int MODE>
 INLINE void mask(float (&x)[32], int apart, int W, float value) {
-    if (!all_see<MODE>(apart, W))
+    if (MODE == KEYS ? apart + 15 <= 0 && TILE - 1 - apart < W
+                     : apart >= TILE - 1 && apart + 15 < W)
+        return;  // all of the warp's 16 rows see all columns
+    apart += threadIdx.x % 32 / 4 - threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 32; i++)
-            if (!sees<MODE>(i, apart, W)) x[i] = value;
+    for (int i = 0; i < 32; i++) {
+        const int back = apart + i % 4 / 2 * 8 - (i / 4 * 8 + i % 2);
+        if ((unsigned)(MODE == KEYS ? -back : back) >= (unsigned)W) x[i] = value;
+    }
 }
 
 // Row `half` of a lane's two, as bf16.
@@ -333,9 +326,9 @@ INLINE void forward_groups(const AttentionArgs &a, uint32_t smem, const char *sh
         while (more) {
             float x[32];
             wgmma_fence();
-            row_products(x, q, walk.first(now));
+            row_products(x, q, walk.tile(now, 0));
             wgmma_commit();
-            add_products(o, p, walk.second(before));
+            add_products(o, p, walk.tile(before, 1));
             wgmma_commit();
             wgmma_wait<1>();  // for the scores
             wgmma_pin(x);
@@ -352,7 +345,7 @@ INLINE void forward_groups(const AttentionArgs &a, uint32_t smem, const char *sh
             before = now, now = next;
         }
         wgmma_fence();
-        add_products(o, p, walk.second(before));
+        add_products(o, p, walk.tile(before, 1));
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(o);
@@ -404,7 +397,8 @@ INLINE void query_groups(const AttentionArgs &a, uint32_t smem, const char *shar
         const Item<QUERIES> item(a, i);
         const int r0 = item.row0 + group * TILE, r = r0 + threadIdx.x % 128 / 32 * 16;
         const int t = r + threadIdx.x % 32 / 4;
-        const float gain = a.gain[item.head], root = rsqrtf((float)HEAD), scale = gain * root * LOG2_E;
+        const float gain = a.gain[item.head], root = rsqrtf((float)HEAD);
+        const float scale = gain * root * LOG2_E;
         uint32_t q[4][4], go[4][4], ds[4][4] = {};
         float dq[32] = {}, lse[2], delta[2];
         walk.begin(item);
@@ -419,10 +413,10 @@ INLINE void query_groups(const AttentionArgs &a, uint32_t smem, const char *shar
         while (more) {
             float p[32], dp[32];
             wgmma_fence();
-            row_products(p, q, walk.first(now));
+            row_products(p, q, walk.tile(now, 0));
             wgmma_commit();
-            add_products(dq, ds, walk.first(before));
-            row_products(dp, go, walk.second(now));
+            add_products(dq, ds, walk.tile(before, 0));
+            row_products(dp, go, walk.tile(now, 1));
             wgmma_commit();
             wgmma_wait<1>();  // for the scores
             wgmma_pin(p);
@@ -430,17 +424,17 @@ INLINE void query_groups(const AttentionArgs &a, uint32_t smem, const char *shar
             for (int n = 0; n < 32; n++) p[n] = exp2_of(scale * p[n] - lse[n % 4 / 2]);
             mask<QUERIES>(p, r - now.row, s.W, 0);
             wgmma_pin(p);
-            more = walk.next(&next, item, s, r0);
             wgmma_wait<0>();
             wgmma_pin(dp);
             if (before.slot != now.slot) walk.release(before.slot);
 #pragma unroll
             for (int n = 0; n < 32; n++) p[n] *= root * dp[n] - delta[n % 4 / 2];
             sums_as_factors(ds, p);
+            more = walk.next(&next, item, s, r0);
             before = now, now = next;
         }
         wgmma_fence();
-        add_products(dq, ds, walk.first(before));
+        add_products(dq, ds, walk.tile(before, 0));
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(dq);
@@ -482,10 +476,10 @@ INLINE void key_groups(const AttentionArgs &a, uint32_t smem, const char *shared
             const float *rows = walk.rows(now);
             float p[32], dp[32];
             wgmma_fence();
-            row_products(p, k, walk.first(now));
+            row_products(p, k, walk.tile(now, 0));
             wgmma_commit();
-            add_products(dk, ds, walk.first(before));
-            row_products(dp, v, walk.second(now));
+            add_products(dk, ds, walk.tile(before, 0));
+            row_products(dp, v, walk.tile(now, 1));
             wgmma_commit();
             wgmma_wait<1>();  // for the scores, and dv of the tile before
             wgmma_pin(p);
@@ -498,7 +492,7 @@ INLINE void key_groups(const AttentionArgs &a, uint32_t smem, const char *shared
             mask<KEYS>(p, r - now.row, s.W, 0);
             sums_as_factors(pa, p);
             wgmma_fence();
-            add_products(dv, pa, walk.second(now));
+            add_products(dv, pa, walk.tile(now, 1));
             wgmma_commit();
             wgmma_wait<1>();  // for all but dv
             wgmma_pin(dp);
@@ -514,7 +508,7 @@ INLINE void key_groups(const AttentionArgs &a, uint32_t smem, const char *shared
             before = now, now = next;
         }
         wgmma_fence();
-        add_products(dk, ds, walk.first(before));
+        add_products(dk, ds, walk.tile(before, 0));
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_pin(dk);
@@ -568,10 +562,8 @@ static void attention_launch(AttentionArgs *a) {
     const void *kernel = (const void *)attention_wgmma<MODE>;
     static bool prepared;
     const int heads = MODE == KEYS ? a->s.H / a->s.G : 1, sms = gpu()->sms;
-    const size_t walked = (size_t)a->s.T * heads * 2 * HEAD * sizeof(bf16);
     a->blocks = (int)ceil_div(a->s.T, L::GROUPS * TILE);
     a->items = a->blocks * a->s.B * (a->s.H / heads);
-    a->section = (int)(1 + SECTION_BYTES / walked);
     if (!prepared)
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::BYTES));
     prepared = true;
