@@ -24,8 +24,6 @@
 #include "fast/tensor.cuh"
 
 enum { MMA_WARPS = 4, ATTENTION_THREADS = MMA_WARPS * 32, KEYS = 64, QUERIES = 64 };
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
 
 typedef struct {
     AttentionShape s;
@@ -94,21 +92,6 @@ INLINE void load_factors(uint32_t a[D / 16][4], const bf16 *from, size_t stride,
 INLINE void sums_as_factor(uint32_t a[4], const float left[4], const float right[4]) {
     a[0] = pack(left[0], left[1]), a[1] = pack(left[2], left[3]);
     a[2] = pack(right[0], right[1]), a[3] = pack(right[2], right[3]);
-}
-
-INLINE float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-// Of the four lanes that share a row of sums.
-INLINE float quad_most(float v) {
-    v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-    return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
-}
-INLINE float quad_sum(float v) {
-    v += __shfl_xor_sync(~0u, v, 1);
-    return v + __shfl_xor_sync(~0u, v, 2);
 }
 
 // sums (M times 16 rows x 8N columns) = first factors times rows n of a tile.
@@ -408,8 +391,8 @@ static void launch_attention(void (*kernel)(AttentionArgs), AttentionArgs a, int
     kernel<<<grid, ATTENTION_THREADS, shared, gpu_stream>>>(a);
 }
 
-static void attention_forward_mma(act *out, real *lse, const act *qkv, const real *gain,
-                                  AttentionShape s, void *work) {
+void attention_forward_mma(act *out, real *lse, const act *qkv, const real *gain, AttentionShape s,
+                           void *work) {
     if (!attention_mma_takes(s, out, qkv, NULL)) {
         attention_forward_tiled<bf16>(out, lse, qkv, gain, s, work);
         return;
@@ -439,9 +422,9 @@ static void backward_kernels(AttentionArgs a) {
              attention_bytes(a.s, sizeof(bf16), 2, 1));
 }
 
-static void attention_backward_mma(act *dqkv, real *dgain, const act *dout, const act *out,
-                                   const real *lse, real *delta, const act *qkv, const real *gain,
-                                   AttentionShape s, void *work) {
+void attention_backward_mma(act *dqkv, real *dgain, const act *dout, const act *out,
+                            const real *lse, real *delta, const act *qkv, const real *gain,
+                            AttentionShape s, void *work) {
     if (!attention_mma_takes(s, dqkv, dout, qkv)) {
         attention_backward_tiled<bf16>(dqkv, dgain, dout, out, lse, delta, qkv, gain, s, work);
         return;
@@ -457,9 +440,9 @@ static void attention_backward_mma(act *dqkv, real *dgain, const act *dout, cons
 }
 
 const Kernel attention_mma_kernels[] = {
-    KERNEL(bf16, attention.forward, attention_forward_mma, "tensor",
+    KERNEL(bf16, attention.forward, attention_forward_mma, "",
            "scores stay in the registers of mma, keys and values come while others are multiplied"),
-    KERNEL(bf16, attention.backward, attention_backward_mma, "tensor",
+    KERNEL(bf16, attention.backward, attention_backward_mma, "",
            "the same, keys and queries in turn"),
 };
 const int n_attention_mma_kernels = sizeof attention_mma_kernels / sizeof *attention_mma_kernels;

@@ -190,6 +190,15 @@ INLINE void wgmma_wait(void) {  // for all but the last PENDING groups
                  : __VA_ARGS__                                                                   \
                  : "r"(a.lo), "r"(a.hi), "r"(b.lo), "r"(b.hi), "r"(add),             \
                    "n"(TRANSPOSE_A), "n"(TRANSPOSE_B))
+// The same with A in registers; a0 to a3 are the numbers of these.
+#define WGMMA_REGISTERS(N, regs, a0, a1, a2, a3, b_lo, b_hi, accumulate, transpose_b, ...)       \
+    asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %" #accumulate ", 0;\n"            \
+                 "mov.b64 b, {%" #b_lo ", %" #b_hi "};\n"                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" regs "}, {%" #a0   \
+                 ", %" #a1 ", %" #a2 ", %" #a3 "}, b, p, 1, 1, %" #transpose_b "; }"             \
+                 : __VA_ARGS__                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.lo), "r"(b.hi), "r"(add),   \
+                   "n"(TRANSPOSE_B))
 // clang-format on
 
 // acc (64 x N) += A B, or = A B where !add. Thread i of the warpgroup holds of rows
@@ -206,6 +215,27 @@ INLINE void wgmma(float *acc, Operand a, Operand b, int add) {
     if (N == 256)
         WGMMA(256, REGS128, 128, 129, 130, 131, 132, 133, 134, ACC32(acc, 0), ACC32(acc, 32),
               ACC32(acc, 64), ACC32(acc, 96));
+}
+
+// The same with A in registers, as sums lie there: a[0] and a[1] hold of rows r and r + 8 the
+// columns 2(i%4) and the next, as bf16, a[2] and a[3] those 8 columns further on.
+template <int N, int TRANSPOSE_B>
+INLINE void wgmma_registers(float *acc, const uint32_t a[4], Operand b, int add) {
+    static_assert(N == 64, "written out here");
+    WGMMA_REGISTERS(64, REGS32, 32, 33, 34, 35, 36, 37, 38, 39, ACC32(acc, 0));
+}
+// These become sums of new products: what they were before does not count.
+template <int N>
+INLINE void wgmma_fresh(float (&acc)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "=f"(acc[i]));
+}
+// No arithmetic on these moves over this: neither before a wait for them, nor, where it is to be
+// done while others are multiplied, behind the wait for those.
+template <int N>
+INLINE void wgmma_pin(float (&acc)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
 // ---- The ring -----------------------------------------------------------------------------------
@@ -290,7 +320,7 @@ static inline bool make_map(CUtensorMap *map, const void *base, size_t n0, size_
         b0 == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     // The driver's codes for the errors that it has here are those of the runtime.
-    if (r != CUDA_SUCCESS) gpu_note((cudaError_t)r, "a convolution's tensor map");
+    if (r != CUDA_SUCCESS) gpu_note((cudaError_t)r, "a tensor map");
     return r == CUDA_SUCCESS;
 }
 #endif

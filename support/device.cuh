@@ -102,9 +102,12 @@ static __device__ __forceinline__ void begin_dependent() {
 // The tables of the files with kernels. Each file says how much workspace its launchers take; all
 // sizes in bytes, N rows of at most `width` channels, n parameters.
 extern const Kernel conv_kernels[], tensor_kernels[], layer_kernels[], embed_kernels[],
-    optimizer_kernels[], attention_kernels[], attention_mma_kernels[], input_kernels[];
+    optimizer_kernels[], attention_kernels[], attention_mma_kernels[], attention_wgmma_kernels[],
+    input_kernels[];
 extern const int n_conv_kernels, n_tensor_kernels, n_layer_kernels, n_embed_kernels,
-    n_optimizer_kernels, n_attention_kernels, n_attention_mma_kernels, n_input_kernels;
+    n_optimizer_kernels, n_attention_kernels, n_attention_mma_kernels, n_attention_wgmma_kernels,
+    n_input_kernels;
+size_t attention_wgmma_work_bytes(AttentionShape s);
 size_t conv_work_bytes(size_t N, int K, int width);
 size_t tensor_work_bytes(size_t N, int K, int width);
 size_t norm_work_bytes(size_t N, int width);

@@ -34,7 +34,9 @@ static const struct {
     {conv_kernels, &n_conv_kernels},           {tensor_kernels, &n_tensor_kernels},
     {embed_kernels, &n_embed_kernels},         {layer_kernels, &n_layer_kernels},
     {optimizer_kernels, &n_optimizer_kernels}, {attention_kernels, &n_attention_kernels},
-    {attention_mma_kernels, &n_attention_mma_kernels}, {input_kernels, &n_input_kernels},
+    {attention_mma_kernels, &n_attention_mma_kernels},
+    {attention_wgmma_kernels, &n_attention_wgmma_kernels},
+    {input_kernels, &n_input_kernels},
 };
 enum { N_FILES = sizeof files / sizeof *files, MAX_KERNELS = 128 };
 
@@ -98,7 +100,8 @@ const Backend *gpu_backend(const char *name, Error *e) {
         made[i].name = backends[i].name;
         made[i].idea = backends[i].idea;
         made[i].work_bytes = backends[i].bf16_acts ? bf16_work_bytes : gpu_work_bytes;
-        made[i].attention.work_bytes = no_work;
+        made[i].attention.work_bytes =
+            backends[i].bf16_acts ? attention_wgmma_work_bytes : no_work;
         made[i].inputs.work_bytes = input_work_bytes;
         if (backends[i].bf16_acts) store_bf16(&made[i]);
         for (int j = 0; j < n; j++)

@@ -83,6 +83,15 @@ static const LargeShape large[] = {
     {"conv_backward_weight", 2, {1, 330, 1088, 512, 3, 60}},
     // more rows than are made one-hot at a time
     {"embed_backward", 2, {1, 16500, 136, 8, 1, 1}},
+    // wgmma's attention, heads of 64: more tiles than its rings hold, windows that end amid tiles
+    {"attention.forward", 0, {1, 1500, 64, 8, 1, 1}},
+    {"attention.forward", 1, {2, 700, 64, 8, 90, 1}},
+    {"attention.forward", 2, {1, 611, 64, 8, 100, 3}},
+    {"attention.forward", 3, {40, 449, 64, 8, 1, 1}},
+    {"attention.backward", 0, {1, 1500, 64, 8, 1, 1}},
+    {"attention.backward", 1, {2, 700, 64, 8, 90, 1}},
+    {"attention.backward", 2, {1, 611, 64, 8, 100, 3}},
+    {"attention.backward", 3, {40, 449, 64, 8, 1, 1}},
 };
 enum { UGLY = sizeof ugly / sizeof *ugly, LARGE = sizeof large / sizeof *large, RANDOM = 200 };
 
