@@ -188,7 +188,9 @@ __global__ void __launch_bounds__(ATTENTION_THREADS) attention_forward_mma_kerne
     const int t0 = (int)(gridDim.x - 1 - blockIdx.x) * 16 * M * MMA_WARPS;
     const int r0 = t0 + threadIdx.x / 32 * 16 * M, last = min(s.T, t0 + 16 * M * MMA_WARPS);
     const int first = t0 - s.W + 1 > 0 ? (t0 - s.W + 1) / KEYS * KEYS : 0;
-    const float gain = a.gain[h.h], scale = fabsf(gain) * rsqrtf((float)s.d) * LOG2_E;
+    // Not 0, which times the -inf of what is masked is no number.
+    const float gain = a.gain[h.h];
+    const float scale = fmaxf(fabsf(gain) * rsqrtf((float)s.d) * LOG2_E, 1e-30f);
     const uint32_t tiles = shared_addr(smem);
     uint32_t q[M][D / 16][4];
     float o[M][D / 8][4] = {}, top[M][2], sum[M][2] = {};
