@@ -43,14 +43,13 @@
 // under a condition. It moves a wait up over arithmetic, but not over a branch: forward the walk to
 // the next tile stands between the exponentials and the wait, backward the mask.
 //
-// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, commit 3f1e994 (since
-// then the walk of queries is another, and not yet timed), us (TFLOP/s: 4 P d and 10 P d); mma in
-// an earlier run of that day, FlashAttention-2 and cuDNN in another (MEASURED.md):
+// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, us (TFLOP/s: 4 P d and
+// 10 P d); mma in an earlier run of that day, FlashAttention-2 and cuDNN in another (MEASURED.md):
 //     B x T      forward           mma   FA2  cuDNN    backward         mma   FA2  cuDNN
-//     1x128         4.0            5.8                   12.6          12.7
-//     64x512       41.6 (207)     59.6    67     42      144  (149)     224   291    216
-//     32x1024      64.5 (267)     91.6    98     61      185  (232)     351   378    266
-//     64x2048     386   (356)    539     526    357     1174  (293)    2131  1973   1308
+//     1x128         3.9            5.8                   12.7          12.7
+//     64x512       41.0 (210)     59.6    67     42      145  (148)     224   291    216
+//     32x1024      64.1 (268)     91.6    98     61      189  (227)     351   378    266
+//     64x2048     383   (359)    539     526    357     1182  (291)    2131  1973   1308
 // Tried and dropped, us, each beside what it was to beat in one run (two runs of one build differed
 // by up to 5 %): forward 128 keys a step and two warpgroups, 383 -> 413 at 64x2048, 41.9 -> 47.3 at
 // 64x512; 96 keys, 383 -> 380 and 41.9 -> 42.6; the scores after the next begun before the

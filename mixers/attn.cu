@@ -100,7 +100,8 @@ __global__ void turn_backward_rows(T *dqkv, const T *qkv, const float *rms, Atte
 // wide: heads of D channels that are turned as a whole, D = 32, 64 or 128. D/16 lanes share a head,
 // and a lane owns 8 channels of each half: two loads of 16 bytes. A row's D/2 angles are computed
 // once, one or two a lane, and handed round.
-// Bound before: loads of two bytes, one head after the other, at 42 % (back 56 %) of a copy.
+// Bound before: loads of two bytes, one head after the other. Measured: 32768 rows of 8 heads of 64
+// in bf16 54 -> 27 us forward, 69 -> 37 back, 84 and 92 % of a copy.
 
 // turn[j]: of pair 8 * (lane % (D/16)) + j.
 template <int D>
@@ -331,8 +332,7 @@ __global__ void attention_queries_naive(float *dqkv, const float *dout, const fl
 }
 
 // dgain += sums of the columns of delta (N,H), in a fixed order: a block for each head.
-// wide: `lanes` lanes share a row of 8 * lanes channels, 16 bytes of bf16 each: 27 -> 12 us for
-// 32768 rows of 4 heads of 64.
+// wide: `lanes` lanes share a row of 8 * lanes channels, 16 bytes of bf16 each.
 template <typename T>
 __global__ void attention_deltas_wide(float *delta, const T *dout, const T *out, size_t rows,
                                       int lanes) {
