@@ -168,6 +168,11 @@ test_gradcheck_f32: $(BUILD)/test_gradcheck.o $(MODEL)
 test_gradcheck test_units_f64 test_gradcheck_f32:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(LIBS)
 
+# What ./sample is made of, PORTABLE first: for tests/test_archive.sh.
+sample-sources:
+	@echo $(PORTABLE:$(BUILD)/%_portable.o=%) : sample \
+	$(patsubst $(BUILD)/%.o,%,$(filter-out $(PORTABLE) $(CUDA_OBJECTS),$(SAMPLE_CORE)))
+
 # ---- Use ----
 
 help:
@@ -258,4 +263,4 @@ clean:
 	rm -rf build $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64 fuzz_checkpoint
 
 .PHONY: all help demo shakespeare plot doctor test asan try mutate mutate-gpu check-kernels sanitize \
-	fuzz clean FORCE
+	fuzz clean sample-sources FORCE

@@ -13,11 +13,11 @@ const char *const mix_names[] = {"none", "ngram", "cm", NULL};
 // ---- The n-gram, as a first lesson --------------------------------------------------------------
 //
 // For the longest of the last 6 .. 1 bytes that stood here twice or more: what followed them, in
-// shares; and p = (1 - a) p_network + a share. a grows with the network's doubt, its entropy H:
-// a = 0.02 + 0.5 sigmoid(1.5 (H - 3)), refitted for bytes (nats). Keys are whole, so that no two
-// contexts share a count, and the shares of a context add up to 1: all 256 are asked, and not only
-// the byte that comes. (A cache that hashes context and byte together does neither, and its
-// "probabilities" add up to more than a hundred.)
+// shares; and p = (1 - a) p_network + a share. a grows with the network's doubt, its entropy H in
+// nats: a = 0.05 + 0.2 sigmoid(3.5 H), fitted to bytes; without a network it is 0.9. Keys are
+// whole, so that no two contexts share a count, and the shares of a context add up to 1: all 256
+// are asked, and not only the byte that comes. (A cache that hashes context and byte together does
+// neither, and its "probabilities" add up to more than a hundred.)
 
 enum { NGRAM_LONGEST = 6, NGRAM_BITS = 23 };
 
@@ -57,7 +57,7 @@ static void ngram_learn(Ngrams *g, int byte) {
 }
 
 // freq (V), of sum `total`, becomes the mixture; still none is 0.
-static void ngram_mix(const Ngrams *g, uint32_t *freq, uint32_t total) {
+static void ngram_mix(const Ngrams *g, uint32_t *freq, uint32_t total, bool network) {
     int length = NGRAM_LONGEST;
     uint32_t n = 0;
     double H = 0;
@@ -68,7 +68,7 @@ static void ngram_mix(const Ngrams *g, uint32_t *freq, uint32_t total) {
         double p = (double)freq[v] / total;
         H -= p * portable_log(p);
     }
-    double a = 0.02 + 0.5 / (1 + portable_exp(-1.5 * (H - 3)));
+    double a = network ? 0.05 + 0.2 / (1 + portable_exp(-3.5 * H)) : 0.9;
     for (int v = 0; v < V; v++) {
         double share = (double)g->at[ngram_place(g, ngram_key(g, length, v))].n / n;
         freq[v] = 1 + (uint32_t)((1 - a) * freq[v] + a * share * (1 << 24));
@@ -108,7 +108,7 @@ static void begin_byte(Predictor *p, const real *logits) {
         float cap = logits ? p->network->table.config.softcap : 0;
         p->said_sum = frequencies(p->said, logits, cap);
         memcpy(leaf, p->said, sizeof p->said);
-        if (p->ngrams) ngram_mix(p->ngrams, leaf, p->said_sum);
+        if (p->ngrams) ngram_mix(p->ngrams, leaf, p->said_sum, logits != NULL);
         for (int n = V - 1; n > 0; n--) p->tree[n] = p->tree[2 * n] + p->tree[2 * n + 1];
     }
     if (p->mixture) mixture_begin(p->mixture, logits ? p->tree : NULL);

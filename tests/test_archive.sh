@@ -11,26 +11,24 @@ check() { # name, status
     if [ "$2" = 0 ]; then passed=$((passed + 1)); echo "ok   $1"; else
         failed=$((failed + 1)); echo "FAIL $1"; fi
 }
+sources=$(MAKEFLAGS= make -s --no-print-directory NVCC= sample-sources)
+portable=${sources% : *} others=${sources#* : }
 # build NAME COMPILER FLAGS...: another ./sample, from the sources and flags that the Makefile has.
 build() {
     name=$1 compiler=$2; shift 2
-    files='model layers fast/cpu fast/attention support/units support/score support/stream
-        support/weight_queue mix support/predictor'
-    for file in mixers/*.c; do files="$files ${file%.c}"; done
-    others='sample support/scan support/archive support/range_coder support/checkpoint support/describe
-        support/heat support/output support/progress'
-    mkdir "$folder/$name.o" && for file in $files $others; do
-        case " $(echo $files) " in *" $file "*) how='-DPORTABLE -ffp-contract=off' ;; *) how= ;; esac
-        "$compiler" -std=c11 -I. "$@" $how -w -c "$file.c" -o "$folder/$name.o/$(basename "$file").o" || return 1
+    mkdir "$folder/$name.o" && for file in $portable $others; do
+        case " $portable " in *" $file "*) how='-DPORTABLE -ffp-contract=off' ;; *) how= ;; esac
+        "$compiler" -std=c11 -I. "$@" $how -w -c "$file.c" \
+            -o "$folder/$name.o/$(basename "$file").o" || return 1
     done
     "$compiler" "$@" "$folder/$name.o"/*.o -lm -o "$folder/$name" >"$folder/log" 2>&1
 }
 # Every kind of unit, every activation, a softcap; both heads.
 stacks='conv:2:3 attn:2:20:kv1:r6 mlp:2:lrelu2 block:3:1:2:gelu attn:4:9 conv:3:2:none'
-./train --device cpu --units "$stacks" --channels 24 --softcap 9 --steps 12 --batch 2 --seq 64 --sample-bytes 0 \
-    --out "$folder/a" 2>/dev/null >/dev/null
-./train --device cpu --units "$stacks" --channels 40 --tie --steps 3 --batch 2 --seq 64 --sample-bytes 0 \
-    --out "$folder/b" 2>/dev/null >/dev/null
+./train --device cpu --units "$stacks" --channels 24 --softcap 9 --steps 12 --batch 2 --seq 64 \
+    --sample-bytes 0 --out "$folder/a" 2>/dev/null >/dev/null
+./train --device cpu --units "$stacks" --channels 40 --tie --steps 3 --batch 2 --seq 64 \
+    --sample-bytes 0 --out "$folder/b" 2>/dev/null >/dev/null
 head -c 3000 model.c >"$folder/text"
 head -c 20000 layers.c >"$folder/prime"
 # ways PROGRAM: archives of every kind by it, in the current folder
@@ -51,7 +49,8 @@ same() {
         cmp -s "$folder/here/b.none" "$folder/$name.made/b.none" &&
         cmp -s "$folder/here/cm" "$folder/$name.made/cm"
     check "$what makes the same archives, bit for bit" $?
-    "$@" "$folder/a" --decompress "$folder/here/a.cm" "$folder/$name.back" --prime "$folder/prime" 2>/dev/null &&
+    "$@" "$folder/a" --decompress "$folder/here/a.cm" "$folder/$name.back" \
+        --prime "$folder/prime" 2>/dev/null &&
         cmp -s "$folder/text" "$folder/$name.back" && rm "$folder/$name.back" &&
         "$@" "$folder/b" --decompress "$folder/here/b.none" "$folder/$name.back" 2>/dev/null &&
         cmp -s "$folder/text" "$folder/$name.back"
@@ -64,7 +63,10 @@ another() {
         echo "skip $what: no $tool or no $1 here"; skipped=$((skipped + 1)); return
     fi
     build "$name" "$@" || { check "$what builds" 1; return; }
-    case $tool in qemu*) same "$name" "$what" "$tool" "$folder/$name" ;; *) same "$name" "$what" "$folder/$name" ;; esac
+    case $tool in
+    qemu*) same "$name" "$what" "$tool" "$folder/$name" ;;
+    *) same "$name" "$what" "$folder/$name" ;;
+    esac
 }
 OMP_NUM_THREADS=3 same threads 'this build with three threads' "$PWD/sample"
 another gcc0 'gcc -O0' gcc gcc -O0
@@ -78,7 +80,8 @@ another arm 'gcc for aarch64 under qemu' qemu-aarch64 aarch64-linux-gnu-gcc -O2 
 case $(uname -m) in
 x86_64)
     build x87 gcc -O2 -mfpmath=387
-    (cd "$folder" && ./x87 --compress text z >out 2>&1; grep -q '^sample: .*rounds otherwise' out && [ ! -e z ])
+    (cd "$folder" && ./x87 --compress text z >out 2>&1; grep -q '^sample: .*rounds otherwise' out &&
+        [ ! -e z ])
     check 'a build that rounds otherwise says so and makes none' $? ;;
 *) echo "skip a build that rounds otherwise: another processor"; skipped=$((skipped + 1)) ;;
 esac
