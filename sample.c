@@ -108,15 +108,16 @@ static void flush(void) { flush_stdout(&cli); }
 static struct {
     Progress line;
     const char *what;
-    uint64_t all;  // bytes; 0: not known
-    double start;
+    FILE *in;
+    double size, start;  // of the file, 0: not known; when it began
 } shown;
 
 static void begin_progress(const char *what, FILE *in) {
     struct stat st;
     bool known = fstat(fileno(in), &st) == 0 && S_ISREG(st.st_mode);
     shown.what = what;
-    shown.all = known ? (uint64_t)st.st_size : 0;
+    shown.in = in;
+    shown.size = known ? (double)st.st_size : 0;
     shown.start = now();
     shown.line.terminal = isatty(2);
     progress_begin(&shown.line, 0);
@@ -125,10 +126,11 @@ static void begin_progress(const char *what, FILE *in) {
 static void progress(uint64_t done) {
     char left[32];
     if (!shown.line.terminal || !progress_due(&shown.line, 0.5, 0)) return;
-    double pace = (double)done / (now() - shown.start), rest = (double)shown.all - (double)done;
+    double seconds = now() - shown.start, at = (double)ftello(shown.in);
+    bool known = at > 0 && at < shown.size;
     progress_line(&shown.line, "%s %llu bytes, %.0f bytes/s%s%s", shown.what,
-                  (unsigned long long)done, pace, rest > 0 ? ", time left " : "",
-                  rest > 0 ? duration(rest / pace, left, sizeof left) : "");
+                  (unsigned long long)done, (double)done / seconds, known ? ", time left " : "",
+                  known ? duration(seconds * (shown.size - at) / at, left, sizeof left) : "");
 }
 
 static void stop(const Error *e) {
@@ -617,9 +619,7 @@ static void decompress(const char *model, const char *in, const char *out) {
     check_source(in, "model", "MODEL", head.model, p.model);
     check_source(in, "priming text", "--prime", head.text, p.text);
     if (output_open(&output, out, opt.force, &e)) stop(&e);
-    begin_progress("read", f);
-    shown.what = "decompressed";
-    shown.all = 0;  // the archive does not say how much it holds
+    begin_progress("decompressed", f);
     if (archive_read(&head, p.predictors, f, in, output.file, progress, &e) < 0) stop(&e);
     progress_end(&shown.line);
     if (output_commit(&output, &e)) stop(&e);
