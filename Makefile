@@ -23,6 +23,7 @@ try = $(shell d=$$(mktemp -d) && echo 'int main(void) { return 0; }' | \
 OPENMP := $(or $(call try,-fopenmp),$(call try,-Xpreprocessor -fopenmp -lomp),$(call try,-fopenmp-simd))
 NATIVE := $(call try,-march=native)
 CONTRACT := $(call try,-ffp-contract=fast)
+NO_CONTRACT := $(call try,-ffp-contract=off)
 CUDA_HOME ?= /usr/local/cuda
 # Where a link points to: nvcc looks for the rest of itself beside its own name.
 NVCC := $(shell p=$$(command -v nvcc 2>/dev/null || ls $(CUDA_HOME)/bin/nvcc 2>/dev/null); \
@@ -91,10 +92,15 @@ endif
 # The model and its CPU backends; then what the programs share; then the GPU.
 MODEL := $(patsubst %.c,$(BUILD)/%.o,model.c layers.c fast/cpu.c fast/attention.c support/units.c support/score.c \
 	support/start.c support/stream.c support/weight_queue.c $(wildcard mixers/*.c))
-CORE := $(MODEL) $(patsubst %,$(BUILD)/support/%.o,checkpoint describe heat output \
-	range_coder) $(CUDA_OBJECTS)
+CORE := $(MODEL) $(patsubst %,$(BUILD)/support/%.o,checkpoint describe heat output progress) \
+	$(CUDA_OBJECTS)
+# What ./sample computes with: the same sources without fused multiply-add and without libm
+# (support/portable.h), so that an archive opens wherever IEEE 754 holds.
+PORTABLE := $(MODEL:.o=_portable.o) $(BUILD)/mix_portable.o $(BUILD)/support/predictor_portable.o
+SAMPLE_CORE := $(PORTABLE) $(patsubst %,$(BUILD)/support/%.o,archive range_coder scan) \
+	$(filter-out $(MODEL),$(CORE))
 TESTS := test_language test_gradcheck test_causality test_units test_model test_run \
-	test_sample test_program test_kernels
+	test_sample test_mix test_program test_kernels
 PROGRAMS := train sample bench data/language
 
 # Why this build is without CUDA: what ./train says, too. No quotes, no backslashes.
@@ -121,7 +127,7 @@ CUBLAS := $(shell ls $(dir $(NVCC))../lib64/libcublas.so $(dir $(NVCC))../target
 endif
 BENCH_CORE := $(if $(CUBLAS),$(subst support/timing.cu.o,support/timing_cublas.o,$(CORE)),$(CORE))
 
-HEADERS := model.h $(wildcard support/*.h support/*.cuh fast/*.h fast/*.cuh mixers/*.h mixers/*.cuh tests/*.h \
+HEADERS := model.h mix.h $(wildcard support/*.h support/*.cuh fast/*.h fast/*.cuh mixers/*.h mixers/*.cuh tests/*.h \
 	data/*.h)
 # These say why there is no CUDA.
 SAY_WHY := $(if $(NVCC),,$(patsubst %,$(BUILD)/%.o,bench support/begin test_causality tests/test_kernels))
@@ -132,22 +138,26 @@ $(BUILD)/%.cu.o: %.cu $(HEADERS) $(BUILD)/flags
 	$(NVCC) $(NVCC_FLAGS) -c $< -o $@
 $(BUILD)/support/timing_cublas.o: support/timing.cu $(HEADERS) $(BUILD)/flags
 	$(NVCC) $(NVCC_FLAGS) -DWITH_CUBLAS -c $< -o $@
+$(BUILD)/%_portable.o: %.c $(HEADERS) $(BUILD)/flags
+	$(CC) $(filter-out $(CONTRACT),$(ALL_CFLAGS)) -DPORTABLE $(NO_CONTRACT) -c $< -o $@
 $(BUILD)/%_f64.o: %.c $(HEADERS) $(BUILD)/flags
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DREAL=double -c $< -o $@
 
 $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64: build/linked
-RUN_OBJECTS := $(patsubst %,$(BUILD)/support/%.o,run texts progress) $(BUILD)/data/language.o
+RUN_OBJECTS := $(patsubst %,$(BUILD)/support/%.o,run texts) $(BUILD)/data/language.o
 train: $(BUILD)/train.o $(BUILD)/support/begin.o $(RUN_OBJECTS) $(CORE)
 bench: $(BUILD)/bench.o $(BENCH_CORE)
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(if $(CUBLAS),-L$(dir $(CUBLAS)) -lcublas) \
 	$(CUDA_LIBS) $(LIBS)
-sample test_causality: %: $(BUILD)/%.o $(CORE)
-test_language test_units test_model test_sample test_program test_kernels: %: $(BUILD)/tests/%.o $(CORE)
+sample: $(BUILD)/sample.o $(SAMPLE_CORE)
+test_causality: $(BUILD)/test_causality.o $(CORE)
+test_mix test_program: %: $(BUILD)/tests/%.o $(SAMPLE_CORE)
+test_language test_units test_model test_sample test_kernels: %: $(BUILD)/tests/%.o $(CORE)
 test_run: $(BUILD)/tests/test_run.o $(RUN_OBJECTS) $(CORE)
 test_units: test_units_f64
 $(BUILD)/tests/test_language.o: data/language.c
-train sample test_causality test_language test_units test_model test_run test_sample test_program \
-test_kernels:
+train sample test_causality test_language test_units test_model test_run test_sample test_mix \
+test_program test_kernels:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(CUDA_LIBS) $(LIBS)
 data/language: data/language.c $(HEADERS) $(MODEL) $(patsubst %,$(BUILD)/support/%.o,heat checkpoint output)
 	$(CC) $(filter-out -DWITH_CUDA,$(ALL_CFLAGS)) -DLANGUAGE_MAIN $(filter %.c %.o,$^) -o $@ $(LIBS)
@@ -157,6 +167,11 @@ test_units_f64: $(BUILD)/tests/test_units_f64.o $(MODEL:.o=_f64.o)
 test_gradcheck_f32: $(BUILD)/test_gradcheck.o $(MODEL)
 test_gradcheck test_units_f64 test_gradcheck_f32:
 	$(CC) $(ALL_CFLAGS) $(filter %.o,$^) -o $@ $(LIBS)
+
+# What ./sample is made of, PORTABLE first: for tests/test_archive.sh.
+sample-sources:
+	@echo $(PORTABLE:$(BUILD)/%_portable.o=%) : sample \
+	$(patsubst $(BUILD)/%.o,%,$(filter-out $(PORTABLE) $(CUDA_OBJECTS),$(SAMPLE_CORE)))
 
 # ---- Use ----
 
@@ -248,4 +263,4 @@ clean:
 	rm -rf build $(PROGRAMS) $(TESTS) test_gradcheck_f32 test_units_f64 fuzz_checkpoint
 
 .PHONY: all help demo shakespeare plot doctor test asan try mutate mutate-gpu check-kernels sanitize \
-	fuzz clean FORCE
+	fuzz clean sample-sources FORCE

@@ -1,10 +1,10 @@
 // sample.c: what one does with a trained model: write text, score a file, see where the model
-// stumbles, take its latents, compress a file with it. One byte at a time, on the CPU.
+// stumbles, take its latents, compress a file with it; with a model, with counts of what stood
+// before (mix.c), or with both. One byte at a time, on the CPU.
 //
 // Refuses: a model file that is damaged or of another program, an output that exists (without
-// --force) or is an input, a compressed file of another model. Data goes to stdout, all else to
-// stderr.
-// Read stream.h first. Run:  ./sample out/model.safetensors --prompt "The "      ./sample --help
+// --force) or is an input, an archive of another model. Data goes to stdout, all else to stderr.
+// Read predictor.h first.  Run: ./sample out/model.safetensors --prompt "The "   ./sample --help
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 #include <signal.h>
@@ -12,22 +12,24 @@
 #include <omp.h>
 #endif
 
+#include "support/archive.h"
 #include "support/checkpoint.h"
 #include "support/describe.h"
 #include "support/heat.h"
-#include "support/options.h"
-#include "support/range_coder.h"
-#include "support/stream.h"
+#include "support/progress.h"
+#include "support/scan.h"
 
 typedef struct {
-    const char *prompt, *prompt_file, *stop, *score, *windows, *heat, *latents;
-    int64_t bytes, top_k, streams, threads;
+    const char *prompt, *prompt_file, *stop, *score, *windows, *heat, *latents, *prime;
+    int64_t bytes, top_k, streams, threads, blocks;
+    int mix;
     double temperature, top_p;
     uint64_t seed;
     bool compress, decompress, info, force;
 } Options;
 
-static Options opt = {.bytes = 400, .streams = 1, .temperature = 0.8, .top_p = 1, .seed = 1};
+static Options opt = {.bytes = 400, .streams = 1, .blocks = 1, .temperature = 0.8, .top_p = 1,
+                      .seed = 1};
 
 static Option table[] = {
     {.kind = OPT_SECTION, .help = "write text (the default)"},
@@ -58,11 +60,18 @@ static Option table[] = {
      .help = "with --score: every byte by its surprise, in colour, as TSV or a page"},
     {.name = "latents", .kind = OPT_TEXT, .value = &opt.latents, .arg = "OUT.npy FILE",
      .help = "write z of every byte, float32 (bytes, D)"},
-    {.kind = OPT_SECTION, .help = "compress a file with the model as the statistics"},
+    {.kind = OPT_SECTION, .help = "compress any file; MODEL may be left out"},
     {.name = "compress", .kind = OPT_FLAG, .value = &opt.compress, .arg = "IN OUT",
-     .help = "in about the bits that --score says"},
+     .help = "to about the bits that --score says"},
     {.name = "decompress", .kind = OPT_FLAG, .value = &opt.decompress, .arg = "IN OUT",
-     .help = "same model, build and machine"},
+     .help = "with the same model and --prime, on any machine"},
+    {.name = "blocks", .kind = OPT_INT, .value = &opt.blocks, .min = 1, .max = MAX_LANES,
+     .arg = "N", .help = "compress N parts side by side: faster and a little larger"},
+    {.kind = OPT_SECTION, .help = "what predicts, to write, score and compress"},
+    {.name = "mix", .kind = OPT_CHOICE, .value = &opt.mix, .choices = mix_names, .arg = "KIND",
+     .help = "counts beside the model; to compress cm"},
+    {.name = "prime", .kind = OPT_TEXT, .value = &opt.prime, .arg = "FILE",
+     .help = "the counts read this first, e.g. the training text"},
     {.kind = OPT_SECTION, .help = "in general (an output - is standard output)"},
     {.name = "info", .kind = OPT_FLAG, .value = &opt.info,
      .help = "what the model is, and how it was trained"},
@@ -73,7 +82,8 @@ static Option table[] = {
 
 static Cli cli = {
     .program = "sample",
-    .usage = "usage: ./sample MODEL [options]      MODEL: model.safetensors, or its folder",
+    .usage = "usage: ./sample [MODEL] [options]      MODEL: model.safetensors, or its folder\n"
+             "       --compress and --mix do without",
     .about = "Writes text with a trained model, or measures or compresses a file with it.",
     .options = table,
     .n_options = sizeof table / sizeof *table,
@@ -96,28 +106,47 @@ static void put(const void *bytes, size_t n) {
 
 static void flush(void) { flush_stdout(&cli); }
 
+// A line that redraws itself, on a terminal only.
+static struct {
+    Progress line;
+    const char *what;
+    FILE *in;
+    double size, start;  // of the file, 0: not known; when it began
+} shown;
+
+static void begin_progress(const char *what, FILE *in) {
+    struct stat st;
+    bool known = fstat(fileno(in), &st) == 0 && S_ISREG(st.st_mode);
+    shown.what = what;
+    shown.in = in;
+    shown.size = known ? (double)st.st_size : 0;
+    shown.start = now();
+    shown.line.terminal = isatty(2);
+    progress_begin(&shown.line, 0);
+}
+
+static void progress(uint64_t done) {
+    char left[32];
+    if (!shown.line.terminal || !progress_due(&shown.line, 0.5, 0)) return;
+    double seconds = now() - shown.start, at = (double)ftello(shown.in);
+    bool known = at > 0 && at < shown.size;
+    progress_line(&shown.line, "%s %llu bytes, %.0f bytes/s%s%s", shown.what,
+                  (unsigned long long)done, (double)done / seconds, known ? ", time left " : "",
+                  known ? duration(seconds * (shown.size - at) / at, left, sizeof left) : "");
+}
+
 static void stop(const Error *e) {
+    progress_end(&shown.line);
     output_abandon(&output);
     die(&cli, e);
 }
 
-// A line that redraws itself, on a terminal only.
-static void progress(const char *what, uint64_t done) {
-    static double last;
-    if (!isatty(2) || now() - last < 0.5) return;
-    if (last > 0) fprintf(stderr, "\r%s %llu bytes ", what, (unsigned long long)done);
-    last = now();
-}
-
-static void progress_end(void) {
-    if (isatty(2)) fprintf(stderr, "\r%40s\r", "");
-}
 
 // ---- The model ----------------------------------------------------------------------------------
 
-// Opens the model for as many streams as asked for, or as many as fit into a gigabyte of rings when
-// `capacity` is 0. Returns the hash of the parameters: the model's name in a compressed file.
-static uint64_t open_model(Stream *s, const char *path, int capacity) {
+// Opens the model n times, each for as many streams as asked for, or as many as fit into a gigabyte
+// of rings when `capacity` is 0. Returns the hash of the parameters: its name in an archive.
+static uint64_t open_streams(Stream *s, int n, const char *path, int capacity) {
     Error e;
     Checkpoint ck;
     if (checkpoint_open(&ck, path, &e)) stop(&e);
@@ -129,14 +158,69 @@ static uint64_t open_model(Stream *s, const char *path, int capacity) {
         double ring = rows * ck.config.channels * sizeof(real);
         capacity = ring * MAX_STREAMS < 1e9 ? MAX_STREAMS : ring < 1e9 ? (int)(1e9 / ring) : 1;
     }
-    if (stream_open(s, &ck.config, params, capacity, &e)) stop(&e);
+    for (int i = 0; i < n; i++)
+        if (stream_open(&s[i], &ck.config, params, capacity, &e)) stop(&e);
     uint64_t hash = checksum_add(CHECKSUM_START, params, ck.n_params * sizeof *params);
     free(params);
     checkpoint_close(&ck);
 #ifdef _OPENMP
-    if (!s->parallel) omp_set_num_threads(1);  // too small a model for threads to gain anything
+    if (n == 1 && !s->parallel) omp_set_num_threads(1);  // too small a model to gain by threads
 #endif
     return hash;
+}
+
+static void open_model(Stream *s, const char *path, int capacity) {
+    open_streams(s, 1, path, capacity);
+}
+
+// ---- Predictors ---------------------------------------------------------------------------------
+
+// Predictors of one kind with what they need.
+typedef struct {
+    int n;
+    Stream streams[MAX_LANES];
+    Predictor predictors[MAX_LANES];
+    uint64_t model, text;  // checksums; 0: without
+} Predictors;
+
+static bool given(const char *name) { return find_option(&cli, name, strlen(name))->given; }
+
+// model NULL: without. All have read --prime.
+static void open_predictors(Predictors *p, int n, MixKind kind, const char *model) {
+    Error e;
+    uint8_t *text = NULL;
+    size_t n_text = 0;
+    char what[40];
+    *p = (Predictors){.n = n};
+    snprintf(what, sizeof what, "--mix %s%s", mix_names[kind], n > 1 ? " for all blocks" : "");
+    if (memory_for(n * predictor_memory(kind), what, &e)) stop(&e);
+    if (model) p->model = open_streams(p->streams, n, model, 1);
+    if (opt.prime && read_whole(opt.prime, &text, &n_text, &e)) stop(&e);
+    if (opt.prime) p->text = checksum_add(CHECKSUM_START, text, n_text);
+    for (int i = 0; i < n; i++)
+        if (predictor_open(&p->predictors[i], kind, model ? &p->streams[i] : NULL, &e)) stop(&e);
+#pragma omp parallel for schedule(static, 1) if (n > 1)
+    for (int i = 0; i < n; i++) predictor_prime(&p->predictors[i], text, n_text);
+    free(text);
+}
+
+static void close_predictors(Predictors *p) {
+    for (int i = 0; i < p->n; i++) {
+        predictor_free(&p->predictors[i]);
+        stream_free(&p->streams[i]);
+    }
+}
+
+// A file to be read from its beginning; "-" is standard input.
+static FILE *open_input(const char *path) {
+    Error e;
+    struct stat st;
+    bool standard = strcmp(path, "-") == 0;
+    bool folder = !standard && stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+    FILE *f = standard ? stdin : fopen(path, "rb");
+    if (!f || folder)
+        stop((fail(&e, "cannot read %.200s: %s", path, strerror(folder ? EISDIR : errno)), &e));
+    return f;
 }
 
 // ---- Write text ---------------------------------------------------------------------------------
@@ -228,6 +312,39 @@ static int add_bytes(Stream *s, const Sampler *sampler, Text *texts, int *ids, c
     return running;
 }
 
+// With counts beside the network, or alone: they learn from the prompt and from what is written.
+static void generate_mixed(const char *model) {
+    static Predictors all;
+    Predictor *p = &all.predictors[0];
+    Sampler sampler = {.temperature = opt.temperature, .top_k = (int)opt.top_k,
+                       .top_p = opt.top_p, .seed = opt.seed};
+    uint8_t *prompt;
+    size_t n_prompt;
+    uint32_t freq[V];
+    real logits[V];
+    Text text = {0};
+    read_prompt(&prompt, &n_prompt);
+    open_predictors(&all, 1, (MixKind)opt.mix, model);
+    put(prompt, n_prompt);
+    flush();
+    for (size_t i = 0; i < n_prompt; i++) predictor_cost(p, prompt[i]);
+    if (n_prompt == 0) predictor_cost(p, '\n');
+    double start = now();
+    for (int64_t made = 0; !text.ended && (opt.bytes == 0 || made < opt.bytes); made++) {
+        predictor_bytes(p, freq);
+        for (int v = 0; v < V; v++) logits[v] = (real)log(freq[v]);
+        uint8_t byte = (uint8_t)sample_byte(&sampler, logits, (uint64_t)made + n_prompt, 0);
+        add_byte(&text, byte);
+        predictor_cost(p, byte);
+    }
+    double seconds = now() - start;
+    if (!text.ended) put(ending.text, text.held);
+    flush();
+    fprintf(stderr, "\n%zu bytes, %.0f bytes/s\n", text.n, (double)text.n / seconds);
+    free(prompt);
+    close_predictors(&all);
+}
+
 // The first stream's text is printed as it is made, the others' when all are done.
 static void generate(const char *model) {
     Stream s;
@@ -274,144 +391,12 @@ static void generate(const char *model) {
     stream_free(&s);
 }
 
-// ---- Pass over a file ---------------------------------------------------------------------------
-//
-// A file is cut into windows, and as many windows as there are streams are fed side by side. An
-// output sees RF bytes, so a window's first RF-1 outputs are left to the window before it, and all
-// others are exact. Only the first window has nothing before it: there every output counts.
-//
-//   window 0   [RF-1 | SEGMENT ]
-//   window 1           [RF-1 | SEGMENT ]        reads RF-1 + SEGMENT bytes, gives SEGMENT outputs
-//   window 2                     [RF-1 | SEGMENT ]
-//
-// --windows T:S is the same with S for SEGMENT and T - S for RF-1: now outputs may lack some of
-// what the model would see, as where a text is scored by a model that holds T bytes and no more.
-
-// Outputs at n consecutive bytes, the first of which is byte `first` of the file.
-typedef struct {
-    uint64_t first;
-    size_t n, scored;      // scored = n, but n - 1 at the end: nothing follows the last byte
-    const uint8_t *bytes;  // (n, and one more where scored = n)
-    const real *losses;    // (scored) of the byte that follows: losses[i] is that of bytes[i+1]
-    const real *latents;   // (n,D), NULL if not asked for
-} Part;
-typedef void (*Visit)(void *arg, const Part *part);
-
-typedef struct {
-    size_t context, segment;  // RF-1, SEGMENT; T - S, S
-    uint8_t *bytes;           // of the windows in hand
-    size_t have;
-    real *losses, *latents, *logits, *z;
-} Windows;
-
 // Whether text is T:S as --windows has it.
 static bool read_windows(const char *text, size_t *T, size_t *S) {
     int used = 0;
     return strspn(text, "0123456789:") == strlen(text) &&
            sscanf(text, "%9zu:%9zu%n", T, S, &used) == 2 && text[used] == 0 && *S >= 1 &&
            *S <= *T && *T <= MAX_WINDOW;
-}
-
-static void open_windows(Windows *w, const Stream *s, bool latents) {
-    size_t D = (size_t)s->table.config.latent, S = (size_t)s->capacity;
-    *w = (Windows){.context = (size_t)config_receptive_field(&s->table.config) - 1};
-    // Long enough that the context costs little, short enough for 64 MB of latents.
-    size_t most = ((size_t)1 << 24) / (S * D);
-    w->segment = 16 * w->context > 1024 ? 16 * w->context : 1024;
-    size_t T, stride;
-    if (opt.windows && read_windows(opt.windows, &T, &stride))
-        w->context = T - stride, w->segment = stride;
-    if (latents && w->segment > most) w->segment = most ? most : 1;
-    size_t outputs = w->context + S * w->segment;
-    double need = (double)outputs * (1 + sizeof(real) * (latents ? 1. + (double)D : 1.));
-    double weights, rings, there = (double)cpu_backend.available();
-    Error e;
-    // The rings grow into their memory, so that it still counts as free.
-    if (stream_memory(&s->table.config, s->capacity, &weights, &rings, &e)) stop(&e);
-    if (need + rings > there)
-        stop((fail(&e, "windows of %zu bytes, %zu of them context, need %.3g GB of memory beside "
-                       "%.3g GB for what the units keep of the past, and %.3g GB are free",
-                   w->context + w->segment, w->context, need / 1e9, rings / 1e9, there / 1e9), &e));
-    w->bytes = malloc(outputs + 1);
-    w->losses = malloc(outputs * sizeof(real));
-    w->logits = malloc(S * V * sizeof(real));
-    w->z = malloc(S * D * sizeof(real));
-    if (latents) w->latents = malloc(outputs * D * sizeof(real));
-    if (!w->bytes || !w->losses || !w->logits || !w->z || (latents && !w->latents))
-        stop((fail(&e, "out of memory for windows of %zu bytes: %.3g GB", w->context + w->segment,
-                   need / 1e9), &e));
-}
-
-// All outputs of the windows in hand. `skip`: outputs of the first window that are not wanted.
-// base: where they begin in the file; with --windows each is a text of its own.
-static void run_windows(Windows *w, Stream *s, uint64_t base, size_t skip) {
-    size_t D = (size_t)s->table.config.latent, end = w->context + w->segment;
-    size_t windows = w->have > end ? (w->have - w->context + w->segment - 1) / w->segment : 1;
-    int ids[MAX_STREAMS], targets[MAX_STREAMS];
-    real losses[MAX_STREAMS];
-    if (windows > (size_t)s->capacity) windows = (size_t)s->capacity;
-    stream_begin(s, (int)windows);
-    for (size_t j = 0; j < windows && !opt.windows; j++) s->starts[j] = base + j * w->segment;
-    for (size_t i = 0; i < end && i < w->have; i++) {
-        for (size_t j = 0; j < windows; j++) {
-            size_t at = j * w->segment + i;
-            bool wanted = i >= (j ? w->context : skip);
-            ids[j] = at < w->have ? w->bytes[at] : 0;
-            targets[j] = wanted && at + 1 < w->have ? w->bytes[at + 1] : -1;
-        }
-        stream_push(s, ids, w->latents ? w->z : NULL, w->logits);
-        cpu_backend.cross_entropy(losses, w->logits, targets, s->table.config.softcap, 0, windows);
-        for (size_t j = 0; j < windows; j++) {
-            size_t at = j * w->segment + i;
-            if (i < (j ? w->context : skip) || at >= w->have) continue;
-            w->losses[at] = losses[j];
-            if (w->latents) memcpy(w->latents + at * D, w->z + j * D, D * sizeof(real));
-        }
-    }
-}
-
-// Feeds a file of any length through the model and shows `visit` every output in order. Returns the
-// number of bytes.
-static uint64_t scan(Stream *s, const char *path, bool latents, Visit visit, void *arg) {
-    Error e;
-    bool standard = strcmp(path, "-") == 0;
-    struct stat st;
-    bool folder = !standard && stat(path, &st) == 0 && S_ISDIR(st.st_mode);
-    FILE *f = standard ? stdin : fopen(path, "rb");
-    if (!f || folder)
-        stop((fail(&e, "cannot read %.200s: %s", path, strerror(folder ? EISDIR : errno)), &e));
-    Windows w;
-    open_windows(&w, s, latents);
-    size_t outputs = w.context + (size_t)s->capacity * w.segment, keep = 0;
-    uint64_t base = 0;  // where w.bytes begins in the file
-    for (;;) {
-        w.have = keep + fread(w.bytes + keep, 1, outputs + 1 - keep, f);
-        if (ferror(f)) stop((fail(&e, "cannot read %.200s: %s", path, strerror(errno)), &e));
-        size_t skip = base ? w.context : 0, n = w.have < outputs ? w.have : outputs;
-        if (n > skip) {
-            run_windows(&w, s, base, skip);
-            Part part = {.first = base + skip, .n = n - skip, .bytes = w.bytes + skip,
-                         .losses = w.losses + skip,
-                         .scored = n - skip - (w.have == n ? 1 : 0)};
-            if (latents) part.latents = w.latents + skip * (size_t)s->table.config.latent;
-            visit(arg, &part);
-        }
-        progress("read", base + w.have);
-        if (w.have < outputs + 1) break;
-        size_t done = outputs - w.context;
-        keep = w.have - done;
-        memmove(w.bytes, w.bytes + done, keep);
-        base += done;
-    }
-    uint64_t total = base + w.have;
-    progress_end();
-    if (!standard) fclose(f);
-    free(w.bytes);
-    free(w.losses);
-    free(w.latents);
-    free(w.logits);
-    free(w.z);
-    return total;
 }
 
 // ---- Score a file -------------------------------------------------------------------------------
@@ -422,19 +407,24 @@ static const char *page_name(void) { return opt.heat && *opt.heat ? opt.heat : N
 typedef struct {
     double nats;
     bool table, colour;  // --heat without a page: TSV, or in colour on a terminal
+    bool mixed;          // it can be said what the network alone would have paid
     uint8_t before;      // the byte before
     HeatPage page;
 } Score;
 
-static void show(Score *score, uint64_t offset, uint8_t byte, double nats) {
-    double bits = nats / log(2);
-    char row[64], text[HEAT_TEXT];
+// alone: what the network alone would have paid, where that is asked for.
+static void show(Score *score, uint64_t offset, uint8_t byte, double nats, double alone) {
+    double bits = nats / log(2), saved = score->mixed ? alone / log(2) - bits : 0;
+    char row[80], text[HEAT_TEXT];
     score->nats += nats;
-    if (page_name()) heat_page_byte(&score->page, byte, bits);
-    if (score->colour) put(text, (size_t)heat_terminal(text, byte, score->before, bits));
-    if (score->table)
-        put(row, (size_t)snprintf(row, sizeof row, "%llu\t%d\t%.4f\n", (unsigned long long)offset,
-                                  byte, bits));
+    if (page_name()) heat_page_byte(&score->page, byte, bits, saved);
+    if (score->colour) put(text, (size_t)heat_terminal(text, byte, score->before, bits, saved));
+    if (score->table) {
+        int n = snprintf(row, sizeof row, "%llu\t%d\t%.4f", (unsigned long long)offset, byte, bits);
+        if (score->mixed) n += snprintf(row + n, sizeof row - (size_t)n, "\t%.4f", bits + saved);
+        row[n] = '\n';
+        put(row, (size_t)n + 1);
+    }
     score->before = byte;
 }
 
@@ -447,29 +437,76 @@ static void check_output(void) {
 // The first byte of a file has no context: one of 256, ln 256 nats.
 static void visit_score(void *arg, const Part *part) {
     Score *score = arg;
-    if (part->first == 0) show(score, 0, part->bytes[0], log(V));
+    if (part->first == 0) show(score, 0, part->bytes[0], log(V), 0);
     for (size_t i = 0; i < part->scored; i++)
-        show(score, part->first + i + 1, part->bytes[i + 1], part->losses[i]);
+        show(score, part->first + i + 1, part->bytes[i + 1], part->losses[i], 0);
     check_output();
 }
 
-static void score_file(const char *model) {
-    Stream s;
+// The whole file through a predictor, and what the network and the counts would pay alone.
+static uint64_t score_mixed(Score *score, const char *model, double *network, double *counts) {
+    static Predictors both, alone;
+    Predictor *p = &both.predictors[0];
     Error e;
-    Score score = {0};
+    FILE *f = open_input(opt.score);
+    uint64_t n = 0;
+    begin_progress("read", f);
+    open_predictors(&both, 1, (MixKind)opt.mix, model);
+    if (model && opt.mix) open_predictors(&alone, 1, (MixKind)opt.mix, NULL);
+    for (int byte; (byte = fgetc(f)) != EOF; n++) {
+        double said = predictor_network_cost(p, (uint8_t)byte);
+        show(score, n, (uint8_t)byte, predictor_cost(p, (uint8_t)byte), said);
+        *network += said;
+        if (alone.n) *counts += predictor_cost(&alone.predictors[0], (uint8_t)byte);
+        if (n % 1024 == 0) progress(n);
+        if (n % 65536 == 0) check_output();
+    }
+    if (ferror(f)) stop((fail(&e, "cannot read %.200s: %s", opt.score, strerror(errno)), &e));
+    progress_end(&shown.line);
+    close_predictors(&both);
+    close_predictors(&alone);
+    if (f != stdin) fclose(f);
+    return n;
+}
+
+static uint64_t scan_file(Stream *s, const char *path, bool latents, Visit visit, void *arg) {
+    Error e;
+    FILE *f = open_input(path);
+    begin_progress("read", f);
+    size_t T = 0, S = 0;
+    if (opt.windows) read_windows(opt.windows, &T, &S);  // check_usage has judged it
+    int64_t n = scan(s, f, path, T, S, latents, visit, arg, progress, &e);
+    if (n < 0) stop(&e);
+    progress_end(&shown.line);
+    if (f != stdin) fclose(f);
+    return (uint64_t)n;
+}
+
+static uint64_t score_network(Score *score, const char *model) {
+    Stream s;
+    open_model(&s, model, 0);
+    uint64_t n = scan_file(&s, opt.score, false, visit_score, score);
+    stream_free(&s);
+    return n;
+}
+
+static void score_file(const char *model) {
+    Error e;
+    Score score = {.mixed = model && opt.mix};
     const char *page = page_name();
-    static const char head[] = "offset\tbyte\tbits\n";
+    double network = 0, counts = 0;
     bool standard = strcmp(opt.score, "-") == 0;
     if (opt.heat && !page) {
         score.colour = isatty(1) && !getenv("NO_COLOR");
         score.table = !score.colour;
     }
-    open_model(&s, model, 0);
     if (page && output_open(&output, page, opt.force, &e)) stop(&e);
     if (page)
         heat_page_begin(&score.page, output.file, standard ? "standard input" : opt.score);
-    if (score.table) put(head, sizeof head - 1);
-    uint64_t n = scan(&s, opt.score, false, visit_score, &score);
+    const char *head = score.mixed ? "offset\tbyte\tbits\tnetwork\n" : "offset\tbyte\tbits\n";
+    if (score.table) put(head, strlen(head));
+    uint64_t n = opt.mix ? score_mixed(&score, model, &network, &counts)
+                         : score_network(&score, model);
     if (n == 0) stop((fail(&e, "%.200s is empty: there is nothing to score", opt.score), &e));
     if (score.colour) put("\033[0m\n", 5);
     flush();
@@ -478,11 +515,13 @@ static void score_file(const char *model) {
         stop((output_failed(&output, errno, &e), &e));
     if (page && output_commit(&output, &e)) stop(&e);
     // Standard output holds one thing: what was asked for by --heat, or the score.
-    fprintf(score.table || score.colour || (page && output_is_standard(page)) ? stderr : stdout,
-            "%.6f nats/byte  %.6f bits/byte  perplexity %.4f  %llu bytes\n", nats, nats / log(2),
-            exp(nats), (unsigned long long)n);
+    FILE *to = score.table || score.colour || (page && output_is_standard(page)) ? stderr : stdout;
+    fprintf(to, "%.6f nats/byte  %.6f bits/byte  perplexity %.4f  %llu bytes\n", nats,
+            nats / log(2), exp(nats), (unsigned long long)n);
+    if (score.mixed)
+        fprintf(to, "%.6f with the network alone, %.6f with --mix %s alone\n",
+                network / (double)n, counts / (double)n, mix_names[opt.mix]);
     flush();
-    stream_free(&s);
 }
 
 // ---- Latents, as numpy reads them ---------------------------------------------------------------
@@ -521,7 +560,7 @@ static void write_latents(const char *model, const char *in) {
     open_model(&s, model, 0);
     if (output_open(&output, opt.latents, opt.force, &e)) stop(&e);
     write_npy_header(output.file, 0, s.table.config.latent);
-    uint64_t n = scan(&s, in, true, visit_latents, &s);
+    uint64_t n = scan_file(&s, in, true, visit_latents, &s);
     // The number of rows is known only now. (rewind would forget an error.)
     if (fseek(output.file, 0, SEEK_SET)) stop((output_failed(&output, errno, &e), &e));
     write_npy_header(output.file, n, s.table.config.latent);
@@ -531,123 +570,73 @@ static void write_latents(const char *model, const char *in) {
     stream_free(&s);
 }
 
-// ---- Compress: 32 bytes of head, and the code of range_coder.h ----------------------------------
-//
-//   "FZT1", model, arithmetic, length, checksum of the content, checksum of these | code
-
-enum { HEAD = 32 };
-
-static uint32_t after(Stream *s, int byte, uint32_t freq[V]) {
-    static real logits[V];
-    stream_push(s, &byte, NULL, logits);
-    return frequencies(freq, logits, s->table.config.softcap);
-}
-
-static uint32_t fold(uint64_t hash) { return (uint32_t)(hash ^ hash >> 32); }
-
-// What this build and machine make of a fixed text. Another compiler may round otherwise, and then
-// the decoder would lose its way: better to say so at once.
-static uint32_t arithmetic(Stream *s) {
-    uint64_t hash = CHECKSUM_START;
-    uint32_t freq[V];
-    stream_begin(s, 1);
-    for (int i = 0; i < 64; i++) {
-        after(s, (i * 37 + 11) & 255, freq);
-        hash = checksum_add(hash, freq, sizeof freq);
-    }
-    return fold(hash);
-}
-
-static void put_number(uint8_t *to, uint64_t x, int bytes) {
-    for (int i = 0; i < bytes; i++) to[i] = (uint8_t)(x >> (8 * i));
-}
-static uint64_t get_number(const uint8_t *from, int bytes) {
-    uint64_t x = 0;
-    for (int i = 0; i < bytes; i++) x |= (uint64_t)from[i] << (8 * i);
-    return x;
-}
+// ---- Compress -----------------------------------------------------------------------------------
 
 static void compress(const char *model, const char *in, const char *out) {
-    Stream s;
+    static Predictors p;
     Error e;
-    uint8_t *bytes, head[HEAD] = "FZT1";
-    size_t n;
-    uint32_t freq[V], total = no_context(freq);
-    uint64_t hash = open_model(&s, model, 1);
-    if (read_whole(in, &bytes, &n, &e) || output_open(&output, out, opt.force, &e)) stop(&e);
-    put_number(head + 4, hash, 8);
-    put_number(head + 12, arithmetic(&s), 4);
-    put_number(head + 16, n, 8);
-    put_number(head + 24, fold(checksum_add(CHECKSUM_START, bytes, n)), 4);
-    put_number(head + 28, fold(checksum_add(CHECKSUM_START, head, 28)), 4);
-    fwrite(head, 1, HEAD, output.file);
-    Coder c = {.range = UINT64_MAX, .out = output.file};
-    stream_begin(&s, 1);
-    for (size_t i = 0; i < n; i++) {
-        if (i > 0) total = after(&s, bytes[i - 1], freq);
-        encode_byte(&c, freq, total, bytes[i]);
-        progress("compressed", i);
-    }
-    for (int b = 0; b < 8; b++, c.low <<= 8) fputc((int)(c.low >> 56), c.out);
-    progress_end();
-    long long size = (long long)ftello(output.file);
+    struct stat st;
+    MixKind mix = given("mix") ? (MixKind)opt.mix : MIX_CM;
+    if (mix == MIX_NONE && !model)
+        usage_error(&cli, "--mix none compresses with a model: name one%s%s", "", "");
+    if (arithmetic_check(&e)) stop(&e);
+    FILE *f = open_input(in);
+    if (output_open(&output, out, opt.force, &e)) stop(&e);
+    open_predictors(&p, (int)opt.blocks, mix, model);
+    ArchiveHead head = {.mix = mix, .lanes = p.n, .piece = PIECE, .model = p.model, .text = p.text};
+    // A small file has a piece for each lane, too.
+    uint64_t size = fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0;
+    uint64_t part = (size + (uint64_t)p.n - 1) / (uint64_t)p.n;
+    if (p.n > 1 && part && part < PIECE) head.piece = (uint32_t)part;
+    begin_progress("compressed", f);
+    int64_t n = archive_write(&head, p.predictors, f, in, output.file, progress, &e);
+    if (n < 0) stop(&e);
+    progress_end(&shown.line);
+    double seconds = now() - shown.start;
+    long long made = (long long)ftello(output.file);
     if (output_commit(&output, &e)) stop(&e);
-    fprintf(stderr, "%zu bytes to %lld", n, size);
-    if (n) fprintf(stderr, ", %.4f bits/byte", 8 * (double)size / (double)n);
+    fprintf(stderr, "%lld bytes to %lld", (long long)n, made);
+    if (n)
+        fprintf(stderr, ", %.4f bits/byte, %.0f bytes/s", 8 * (double)made / (double)n,
+                (double)n / seconds);
     fprintf(stderr, "\n");
-    free(bytes);
-    stream_free(&s);
+    if (f != stdin) fclose(f);
+    close_predictors(&p);
 }
 
-static int check_head(const uint8_t *head, size_t n, uint64_t model, uint32_t own, const char *in,
-                      Error *e) {
-    if (n < 4 || memcmp(head, "FZT1", 4))
-        return fail(e, "%.200s was not made by sample --compress", in);
-    if (n < HEAD + 8) return fail(e, "%.200s is cut off: %zu bytes long", in, n);
-    if (get_number(head + 28, 4) != fold(checksum_add(CHECKSUM_START, head, 28)))
-        return fail(e, "%.200s is damaged: the checksum of its header is wrong", in);
-    if (get_number(head + 4, 8) != model)
-        return fail(e, "%.200s was made with another model (%016llx, this one is %016llx)", in,
-                    (unsigned long long)get_number(head + 4, 8), (unsigned long long)model);
-    if (get_number(head + 12, 4) != own)
-        return fail(e, "%.200s was made by a build or on a machine that rounds otherwise: "
-                       "decompress it there", in);
-    return 0;
+// Whether this model or text is the one that the archive was made with; what: its name.
+static void check_source(const char *in, const char *what, const char *option, uint64_t theirs,
+                         uint64_t ours) {
+    Error e;
+    if (theirs == ours) return;
+    if (!theirs) fail(&e, "%.200s was made without a %s: leave it out", in, what);
+    else if (!ours) fail(&e, "%.200s was made with a %s (%016llx): give it as %s", in, what,
+                         (unsigned long long)theirs, option);
+    else fail(&e, "%.200s was made with another %s (%016llx, this one is %016llx)", in, what,
+              (unsigned long long)theirs, (unsigned long long)ours);
+    stop(&e);
 }
 
 static void decompress(const char *model, const char *in, const char *out) {
-    Stream s;
+    static Predictors p;
+    ArchiveHead head;
     Error e;
-    uint8_t *bytes;
-    size_t n;
-    uint32_t freq[V], total = no_context(freq);
-    uint64_t hash = open_model(&s, model, 1), content = CHECKSUM_START;
-    if (read_whole(in, &bytes, &n, &e) || check_head(bytes, n, hash, arithmetic(&s), in, &e) ||
-        output_open(&output, out, opt.force, &e))
-        stop(&e);
-    uint64_t length = get_number(bytes + 16, 8);
-    Coder c = {.range = UINT64_MAX, .in = bytes + HEAD, .left = n - HEAD};
-    for (int b = 0; b < 8; b++) c.code = c.code << 8 | next_byte(&c);
-    stream_begin(&s, 1);
-    int byte = 0;
-    for (uint64_t i = 0; i < length && byte >= 0 && !c.cut_off; i++) {
-        if (i > 0) total = after(&s, byte, freq);
-        byte = decode_byte(&c, freq, total);
-        uint8_t b = (uint8_t)byte;
-        content = checksum_add(content, &b, 1);
-        fputc(b, output.file);
-        progress("decompressed", i);
-    }
-    progress_end();
-    // The encoder ended by writing `low`: anything else there is damage, too.
-    bool whole = byte >= 0 && !c.cut_off && c.left == 0 && c.code == c.low;
-    if (!whole || fold(content) != get_number(bytes + 24, 4))
-        stop((fail(&e, "%.200s is damaged: %s", in,
-                   c.cut_off ? "it is cut off" : whole ? "the checksum of the content is wrong"
-                                                       : "its code leads nowhere"), &e));
+    if (arithmetic_check(&e)) stop(&e);
+    FILE *f = open_input(in);
+    if (archive_read_head(&head, f, in, &e)) stop(&e);
+    // Before anything is read: priming takes a while.
+    if (!model) check_source(in, "model", "MODEL", head.model, 0);
+    if (!opt.prime) check_source(in, "priming text", "--prime", head.text, 0);
+    open_predictors(&p, head.lanes, head.mix, model);
+    check_source(in, "model", "MODEL", head.model, p.model);
+    check_source(in, "priming text", "--prime", head.text, p.text);
+    if (output_open(&output, out, opt.force, &e)) stop(&e);
+    begin_progress("decompressed", f);
+    if (archive_read(&head, p.predictors, f, in, output.file, progress, &e) < 0) stop(&e);
+    progress_end(&shown.line);
     if (output_commit(&output, &e)) stop(&e);
-    free(bytes);
-    stream_free(&s);
+    if (f != stdin) fclose(f);
+    close_predictors(&p);
 }
 
 // ---- The program --------------------------------------------------------------------------------
@@ -695,10 +684,24 @@ static const char *mode_name(void) {
            : opt.decompress ? "decompress" : "info";
 }
 
-static void check_usage(void) {
+// A folder stands for the model in it.
+static const char *model_in(const char *path) {
+    static char inside[4096];
+    struct stat st;
+    if (stat(path, &st) || !S_ISDIR(st.st_mode)) return path;
+    snprintf(inside, sizeof inside, "%s/model.safetensors", path);
+    return inside;
+}
+
+// Of the command line: its model, NULL where there is none.
+static const char *check_usage(void) {
     int modes = (opt.score != NULL) + (opt.latents != NULL) + opt.compress + opt.decompress +
                 opt.info;
     int expected = 1 + (opt.latents ? 1 : opt.compress || opt.decompress ? 2 : 0);
+    // Counts need no model.
+    bool counts = opt.compress || opt.decompress || (opt.mix && !opt.info && !opt.latents);
+    bool missing = counts && cli.n_files == expected - 1;
+    int writing = modes ? 0 : opt.mix ? 1 : 0;
     if (modes > 1)
         usage_error(&cli, "choose one of --score, --latents, --compress, --decompress, --info%s%s",
                     "", "");
@@ -707,8 +710,8 @@ static void check_usage(void) {
         if (table[i].given)
             usage_error(&cli, "--%s is for writing text, which --%s does not do", table[i].name,
                         mode_name());
-    if (cli.n_files == 0) usage_error(&cli, "no model file%s%s", "", "");
-    if (cli.n_files < expected)
+    if (cli.n_files == 0 && !missing) usage_error(&cli, "no model file%s%s", "", "");
+    if (cli.n_files < expected && !missing)
         usage_error(&cli, "%s needs %s", opt.latents ? "--latents" : "(de)compressing",
                     opt.latents ? "OUT.npy FILE" : "IN OUT");
     if (cli.n_files > expected)
@@ -721,56 +724,61 @@ static void check_usage(void) {
     if (opt.windows && !read_windows(opt.windows, &T, &S))
         usage_error(&cli, "--windows is '%s', expected T:S, whole numbers with 1 <= S <= T <= %s",
                     opt.windows, bound);
+    if (opt.windows && opt.mix)
+        usage_error(&cli, "--windows is for the network alone: leave --mix out%s%s", "", "");
     if (opt.prompt && opt.prompt_file)
         usage_error(&cli, "choose one of --prompt and --prompt-file%s%s", "", "");
     if (opt.streams > 1 && opt.bytes == 0)
         usage_error(&cli, "--streams needs --bytes: the texts are printed one after the other%s%s",
                     "", "");
+    if (writing && opt.streams > 1)
+        usage_error(&cli, "--mix writes one text at a time: leave --streams out%s%s", "", "");
+    if ((opt.info || opt.latents || opt.decompress) && given("mix"))
+        usage_error(&cli, "--mix is not for --%s%s", mode_name(),
+                    opt.decompress ? ": the archive says it" : "");
+    if (opt.prime && (opt.info || opt.latents || (!opt.mix && (!modes || opt.score)) ||
+                      (opt.compress && given("mix") && !opt.mix)))
+        usage_error(&cli, "--prime is for counts: --mix cm or ngram%s%s", "", "");
+    if (given("blocks") && !opt.compress)
+        usage_error(&cli, "--blocks goes with --compress%s%s", "", "");
     if (opt.stop) read_ending(opt.stop);
-}
-
-// A folder stands for the model in it.
-static const char *model_in(const char *path) {
-    static char inside[4096];
-    struct stat st;
-    if (stat(path, &st) || !S_ISDIR(st.st_mode)) return path;
-    snprintf(inside, sizeof inside, "%s/model.safetensors", path);
-    return inside;
+    return missing ? NULL : model_in(cli.files[0]);
 }
 
 // No output may be one of the inputs, which it would destroy or grow while it is read.
-static void check_outputs(const char *model) {
-    const char *in = opt.score ? opt.score : cli.files[1];
-    const char *outs[] = {opt.latents ? opt.latents : opt.compress || opt.decompress ? cli.files[2]
+static void check_outputs(const char *model, const char *const *files) {
+    const char *ins[] = {opt.score ? opt.score : files[0], model, opt.prime};
+    const char *outs[] = {opt.latents ? opt.latents : opt.compress || opt.decompress ? files[1]
                           : page_name(), opt.heat && !*opt.heat ? "-" : NULL};
     Error e;
-    for (int i = 0; i < 2; i++)
-        if (outs[i] && (output_differs(outs[i], in, &e) || output_differs(outs[i], model, &e)))
-            stop(&e);
+    for (int i = 0; i < 6; i++)
+        if (outs[i / 3] && ins[i % 3] && output_differs(outs[i / 3], ins[i % 3], &e)) stop(&e);
 }
 
 int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);  // a write then fails with EPIPE, see stdout_failed
     parse_options(&cli, argc, argv);
-    check_usage();
+    const char *model = check_usage();
 #ifdef _OPENMP
     if (opt.threads) omp_set_num_threads((int)opt.threads);
 #endif
     static const int ends[] = {SIGINT, SIGTERM, SIGHUP};
     for (int i = 0; i < 3; i++)  // but not where it is ignored, as nohup does
         if (signal(ends[i], SIG_IGN) != SIG_IGN) signal(ends[i], on_signal);
-    const char *model = model_in(cli.files[0]);
-    check_outputs(model);
+    const char *const *files = cli.files + (model != NULL);
+    check_outputs(model, files);
     if (opt.info)
         print_info(model);
     else if (opt.score)
         score_file(model);
     else if (opt.latents)
-        write_latents(model, cli.files[1]);
+        write_latents(model, files[0]);
     else if (opt.compress)
-        compress(model, cli.files[1], cli.files[2]);
+        compress(model, files[0], files[1]);
     else if (opt.decompress)
-        decompress(model, cli.files[1], cli.files[2]);
+        decompress(model, files[0], files[1]);
+    else if (opt.mix)
+        generate_mixed(model);
     else
         generate(model);
     free(cli.files);

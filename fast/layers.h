@@ -25,7 +25,7 @@ void multiply_tile(real out[TILE_ROWS][TILE_COLS], const real *const *x, size_t 
 // it would fuse in one loop and not in another, and their bits would differ. clang always fuses
 // under -ffp-contract=fast; asked by name, clang 14 spills the tile (61 instead of 223 GFLOP/s).
 static inline real muladd(real a, real b, real c) {
-#if defined __FMA__ && !defined __clang__
+#if defined __FMA__ && !defined __clang__ && !defined PORTABLE
     return sizeof(real) == 4 ? (real)__builtin_fmaf((float)a, (float)b, (float)c)
                              : (real)__builtin_fma(a, b, c);
 #else

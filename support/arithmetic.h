@@ -9,6 +9,9 @@
 #include <string.h>
 
 #include "support/backend.h"
+#ifdef PORTABLE
+#include "support/portable.h"  // exp, tanh, sin and cos from here on
+#endif
 
 #ifdef __CUDACC__
 #define SHARED_FN static inline __host__ __device__

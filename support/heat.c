@@ -10,10 +10,11 @@ enum { STEPS = 9 };  // of colour: 0, 1 .. 7 bits per byte, and from 8 on
 
 static int step_of(double bits) { return bits > 8 ? 8 : bits >= 0 ? (int)bits : 0; }
 
-int heat_terminal(char text[HEAT_TEXT], uint8_t byte, uint8_t before, double bits) {
+int heat_terminal(char text[HEAT_TEXT], uint8_t byte, uint8_t before, double bits, double saved) {
     static const int colours[STEPS] = {15, 230, 229, 228, 221, 214, 208, 202, 196};
     bool inside = (byte & 0xC0) == 0x80, line = byte == '\n';
-    int n = inside ? 0 : snprintf(text, HEAT_TEXT, "\033[38;5;%dm", colours[step_of(bits)]);
+    int n = inside ? 0 : snprintf(text, HEAT_TEXT, "\033[%d;38;5;%dm", saved >= 1 ? 4 : 24,
+                              colours[step_of(bits)]);
     // 0x80 to 0x9F are controls by themselves, in some terminals, and after 0xC2.
     bool control = byte < 0x80 ? (byte < ' ' && !line) || byte == 127
                                : byte < 0xA0 && (before < 0x80 || before == 0xC2);
@@ -94,7 +95,7 @@ static void put_head(const HeatPage *p, double nats, uint64_t n) {
                ":root { color-scheme: light dark }\n"
                "body { max-width: 60em; margin: 2em auto; padding: 0 1em; font: 16px sans-serif }\n"
                "pre { font: 14px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere }\n"
-               "i { font-style: normal; opacity: 0.6 }\n", bits);
+               "i { font-style: normal; opacity: 0.6 }\n.u { text-decoration: underline }\n", bits);
     // One colour over whatever the background is: dark letters stay dark on it, light ones light.
     for (int i = 1; i < STEPS; i++)
         fprintf(f, ".b%d { background: rgba(255, 60, 0, %.3f) }\n", i, 0.075 * i);
@@ -115,19 +116,23 @@ void heat_page_begin(HeatPage *p, FILE *file, const char *name) {
 // The first character of those that wait, or the one byte that is none.
 static void put_first(HeatPage *p) {
     int n = utf8_length(p->bytes, p->bytes + p->n), used = n ? n : 1;
-    double bits = 0;
-    for (int i = 0; i < used; i++) bits += p->bits[i] / used;
-    if (step_of(bits) != p->step)
-        fprintf(p->file, "%s<span class=\"b%d\">", p->step < 0 ? "" : "</span>", step_of(bits));
-    p->step = step_of(bits);
+    double bits = 0, saved = 0;
+    for (int i = 0; i < used; i++) bits += p->bits[i] / used, saved += p->saved[i];
+    int step = step_of(bits) + (saved >= 1 ? 16 : 0);
+    if (step != p->step)
+        fprintf(p->file, "%s<span class=\"b%d%s\">", p->step < 0 ? "" : "</span>", step % 16,
+                step < 16 ? "" : " u");
+    p->step = step;
     put_character(p->file, p->bytes, n, true);
     p->n -= used;
     memmove(p->bytes, p->bytes + used, (size_t)p->n);
     memmove(p->bits, p->bits + used, (size_t)p->n * sizeof *p->bits);
+    memmove(p->saved, p->saved + used, (size_t)p->n * sizeof *p->saved);
 }
 
-void heat_page_byte(HeatPage *p, uint8_t byte, double bits) {
+void heat_page_byte(HeatPage *p, uint8_t byte, double bits, double saved) {
     p->bytes[p->n] = byte;
+    p->saved[p->n] = saved;
     p->bits[p->n++] = bits;
     if (p->n == 4) put_first(p);
 }

@@ -20,22 +20,23 @@ int put_clean(FILE *f, const char *text);
 
 // Writes a byte for a terminal, coloured from white over yellow to red, and returns how many bytes
 // that took. Characters stay whole; a control is shown as '?'. before: the byte before it, or 0.
-enum { HEAT_TEXT = 40 };
-int heat_terminal(char text[HEAT_TEXT], uint8_t byte, uint8_t before, double bits);
+// saved: bits that another predictor would have paid more; from 1 on the byte is underlined.
+enum { HEAT_TEXT = 48 };
+int heat_terminal(char text[HEAT_TEXT], uint8_t byte, uint8_t before, double bits, double saved);
 
 typedef struct {
     FILE *file;        // to be written and sought
     const char *name;  // of the text, for title and heading
     uint8_t bytes[4];  // not yet written: a character is at most four bytes long
-    double bits[4];
+    double bits[4], saved[4];
     int n;
-    int step;  // of colour, of what was written last
+    int step;  // of colour, + 16 where underlined, of what was written last
 } HeatPage;
 
 // A write that fails sets the file's error. The bytes of one character have one colour: their mean.
 // Control bytes, bytes that are not UTF-8 and characters without a shape are shown by name.
 void heat_page_begin(HeatPage *p, FILE *file, const char *name);
-void heat_page_byte(HeatPage *p, uint8_t byte, double bits);
+void heat_page_byte(HeatPage *p, uint8_t byte, double bits, double saved);
 // nats: the mean over all n bytes. -1 if the file cannot be sought.
 int heat_page_end(HeatPage *p, double nats, uint64_t n);
 

@@ -352,19 +352,16 @@ static int by_likelihood(const void *a, const void *b) {
     return x->byte - y->byte;
 }
 
-int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, int j) {
+int sample_byte(const Sampler *sampler, const real *logits, uint64_t position, int j) {
     Candidate c[V];
     // As the logits are: what this type holds for 0 is 0.
-    real l[V], cap = s->table.config.softcap, heat = (real)sampler->temperature;
+    real l[V], heat = (real)sampler->temperature;
     int best = 0, n = V;
-    for (int v = 0; v < V; v++) {
-        l[v] = cap > 0 ? cap * (real)tanh(logits[v] / cap) : logits[v];
-        if (l[v] > l[best]) best = v;
-    }
+    for (int v = 0; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
     if (heat == 0) return best;
     // The largest exponent becomes 0: nothing overflows, and the sum is at least 1.
-    real top = l[best];
-    for (int v = 0; v < V; v++) l[v] = exp_real((l[v] - top) / heat);
+    for (int v = 0; v < V; v++) l[v] = exp_real((logits[v] - logits[best]) / heat);
     double all = 0, kept = 0;
     for (int v = 0; v < V; v++) {
         c[v] = (Candidate){l[v], v};
@@ -380,11 +377,17 @@ int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, i
         kept = all;
     }
     // Key and counter are seed, position and stream: what is drawn depends on nothing else.
-    Philox r = philox(sampler->seed, (uint32_t)s->position, (uint32_t)(s->position >> 32),
-                      (uint32_t)j, RNG_SAMPLE);
+    Philox r = philox(sampler->seed, (uint32_t)position, (uint32_t)(position >> 32), (uint32_t)j,
+                      RNG_SAMPLE);
     // 53 random bits: uniform in [0, kept). Rounding may leave it at `kept`: then the last one.
     double u = (double)((uint64_t)r.v[0] << 21 | r.v[1] >> 11) / 9007199254740992.0 * kept;
     // Walks along [0, kept) candidate by candidate until u lies within one.
     for (i = 0; i < n - 1 && u >= c[i].p; i++) u -= c[i].p;
     return c[i].byte;
+}
+
+int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, int j) {
+    real l[V], cap = s->table.config.softcap;
+    for (int v = 0; v < V; v++) l[v] = cap > 0 ? cap * (real)tanh(logits[v] / cap) : logits[v];
+    return sample_byte(sampler, l, s->position, j);
 }

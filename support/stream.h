@@ -100,6 +100,8 @@ typedef struct {
 // The next byte of stream j, after its logits (V) of the last push. The same seed, position and j
 // draw the same random number.
 int stream_sample(const Stream *s, const Sampler *sampler, const real *logits, int j);
+// The same of logits that are final, at a position.
+int sample_byte(const Sampler *sampler, const real *logits, uint64_t position, int j);
 
 // ---- For mixers ---------------------------------------------------------------------------------
 

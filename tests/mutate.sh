@@ -11,7 +11,7 @@
 # CC, CFLAGS, NVCC, JOBS and TESTS (which programs are to notice, the quickest first) are taken from
 # the environment.
 TESTS=${TESTS:-test_units test_causality test_model test_run test_units_f64 test_gradcheck \
-    test_sample test_program test_language}
+    test_sample test_mix test_program test_language}
 CC=${CC:-cc}
 CFLAGS=${CFLAGS:--O2}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -41,7 +41,11 @@ objects() {
     shift
     for object; do
         [ -f "$object$suffix" ] && continue
-        case $suffix in _f64.o) real=-DREAL=double ;; *) real= ;; esac
+        case $suffix in
+        _f64.o) real=-DREAL=double ;;
+        _portable.o) real="-DPORTABLE -ffp-contract=off" ;;
+        *) real= ;;
+        esac
         $CC -std=c11 $CFLAGS -w -MMD -I. $real -c "$object.c" -o "$object$suffix" || return 1
     done
 }
@@ -55,6 +59,16 @@ program() {
     $CC $CFLAGS $linked -lm -o "$out"
 }
 
+# portable FILE OBJECT...: with what ./sample computes with
+portable() {
+    out=$1 linked=
+    shift
+    objects _portable.o $model mix support/predictor && objects .o "$@" || return 1
+    for object in $model mix support/predictor; do linked="$linked ${object}_portable.o"; done
+    for object; do linked="$linked $object.o"; done
+    $CC $CFLAGS $linked -lm -o "$out"
+}
+
 # source TEST: where it stands, without .c
 source_of() { if [ -f "tests/$1.c" ]; then echo "tests/$1"; else echo "$1"; fi; }
 
@@ -63,17 +77,18 @@ build() {
     model="model layers fast/cpu fast/attention support/units support/score support/start
         support/stream support/weight_queue"
     for mixer in mixers/*.c; do model="$model ${mixer%.c}"; done
-    core="$model support/checkpoint support/describe support/heat support/output"
-    core="$core support/range_coder"
+    files="support/checkpoint support/describe support/heat support/output support/progress"
+    core="$model $files"
+    packing="support/archive support/range_coder support/scan $files"
     source=$(source_of "$1")
     case $1 in
     test_gradcheck)
         program test_gradcheck _f64.o "$source" $model &&
             program test_gradcheck_f32 .o "$source" $model ;;
     test_units_f64) program test_units_f64 _f64.o tests/test_units $model ;;
-    test_program) program sample .o sample $core && program test_program .o "$source" $core ;;
-    test_run) program test_run .o "$source" support/run support/texts support/progress \
-        data/language $core ;;
+    test_mix) portable test_mix "$source" $packing ;;
+    test_program) portable sample sample $packing && portable test_program "$source" $packing ;;
+    test_run) program test_run .o "$source" support/run support/texts data/language $core ;;
     *) program "$1" .o "$source" $core ;;
     esac
 }
@@ -101,7 +116,7 @@ build_gpu() {
 forget() {
     case $1 in
     data/language.c) rm -f tests/test_language.o ;;  # which includes it
-    *.c) rm -f "${1%.c}.o" "${1%.c}_f64.o" ;;
+    *.c) rm -f "${1%.c}.o" "${1%.c}_f64.o" "${1%.c}_portable.o" ;;
     *.cu) rm -f "${1%.cu}_cu.o" ;;
     *)
         grep -l -e " $1\$" -e " $1 " ./*.d ./*/*.d 2>/dev/null | sed 's/d$/o/' | xargs rm -f
@@ -153,6 +168,9 @@ one() {
         support/run.c | support/score.c | support/texts.c | support/progress.c)
             begin_with test_run ;;
         support/checkpoint.c | support/stream.c) begin_with test_sample ;;
+        mix.c | support/predictor.c | support/portable.h | support/range_coder.c)
+            begin_with test_mix ;;
+        support/archive.c) begin_with test_program ;;
         sample.c | support/[dhor]*.[ch]) begin_with test_program ;;
         data/language.c) begin_with test_language ;;
         esac

@@ -3,8 +3,8 @@
 # A program that fails, crashes or runs no check fails the whole.     tests/run.sh [PROGRAM...]
 cd "$(dirname "$0")/.." || exit 1
 [ $# -gt 0 ] || set -- ./test_language ./test_gradcheck ./test_causality ./test_units \
-    ./test_model ./test_run ./test_sample ./test_program ./test_kernels tests/test_train.sh \
-    tests/test_build.sh tests/test_python.sh
+    ./test_model ./test_run ./test_sample ./test_mix ./test_program ./test_kernels tests/test_train.sh \
+    tests/test_archive.sh tests/test_build.sh tests/test_python.sh
 ulimit -f 2000000 # a program that never stops writing shall fail, not fill the disk
 log=$(mktemp) || exit 1
 trap 'rm -f "$log"' EXIT

@@ -257,7 +257,7 @@ static void test_standard_output(void) {
     check(shell("$S m.safetensors --latents z1.npy text 2>err &&"
                 "$S m.safetensors --latents /dev/stdout text 2>err >z2 && cmp z1.npy z2") == 0,
           "and so is /dev/stdout, also of what is written out of order");
-    check(shell("head -c 900 text.fz >cut; $S m.safetensors --decompress cut - 2>err >c") == 1 &&
+    check(shell("head -c 60 text.fz >cut; $S m.safetensors --decompress cut - 2>err >c") == 1 &&
               file_size("c") == 0, "and gets nothing of what turns out to be damaged");
     shell("rm z1.npy z2 c text.fz");
 }
@@ -435,7 +435,7 @@ static bool shows(const char *bytes, const char *want) {
     char text[HEAT_TEXT], got[64] = "";
     uint8_t before = 0;
     for (; *bytes; before = (uint8_t)*bytes++) {
-        int n = heat_terminal(text, (uint8_t)*bytes, before, 1);
+        int n = heat_terminal(text, (uint8_t)*bytes, before, 1, 0);
         text[n] = 0;
         strcat(got, text[0] == '\033' ? strchr(text, 'm') + 1 : text);
     }
@@ -679,64 +679,142 @@ static void test_latents(void) {
           "an empty file has no rows");
 }
 
+// Every way to predict: what comes after ./sample's --compress, and after its --decompress.
+static const struct {
+    const char *model, *with, *prime;
+} ways[] = {{"m.safetensors", "--mix none", ""}, {"m.safetensors", "--mix ngram", ""},
+            {"m.safetensors", "", "--prime two"}, {"", "", "--prime binary"},
+            {"", "--mix ngram --blocks 2", ""}, {"m.safetensors", "--blocks 3", ""}};
+
 static void test_compress(void) {
     static const char *const files[] = {"empty", "one", "two", "field", "binary", "ones", "text"};
     char arguments[300];
-    for (int i = 0; i < 7; i++) {
-        snprintf(arguments, sizeof arguments, "m.safetensors --compress %s z --force", files[i]);
+    for (int i = 0; i < 7 * 6; i++) {
+        const char *model = ways[i % 6].model, *prime = ways[i % 6].prime, *file = files[i / 6];
+        snprintf(arguments, sizeof arguments, "%s --compress %s z --force %s %s", model, file,
+                 ways[i % 6].with, prime);
         int made = sample(arguments);
         rename(in_folder("z"), in_folder("z1"));
         strcat(arguments, " --threads 3");
         made += sample(arguments);
-        check(made == 0 && same_files("z", "z1"), "'%s' compresses, whatever the threads",
-              files[i]);
-        check(sample("m.safetensors --decompress z back --force --threads 2") == 0 &&
-                  same_files("back", files[i]), "and comes back byte for byte");
+        bool same = same_files("z", "z1");
+        snprintf(arguments, sizeof arguments, "%s --decompress z back --force --threads 2 %s",
+                 model, prime);
+        check(made == 0 && same && sample(arguments) == 0 && same_files("back", file),
+              "'%s' compresses, whatever the threads, and comes back byte for byte: %s %s %s", file,
+              model, ways[i % 6].with, prime);
     }
-    check(sample("m.safetensors --compress long z --force") == 0, "a long file compresses");
-    double bits = 8 * (double)file_size("z") / LONG_FILE, score = printed_score("long") / log(2);
-    check_error(fabs(bits - score) / score, 1e-3, "to its score, %.4f bits/byte", score);
-    check(sample("m.safetensors --decompress z back --force") == 0 && same_files("back", "long"),
-          "and comes back byte for byte");
-    check(sample("sure.safetensors --compress binary z --force") == 0 &&
+    for (int i = 0; i < 4; i++) {
+        static const char *const how[] = {"m.safetensors --mix none", "--mix cm",
+                                          "m.safetensors --mix ngram", "m.safetensors --mix cm"};
+        snprintf(arguments, sizeof arguments, "%s --compress long z --force", how[i]);
+        check(sample(arguments) == 0, "a long file compresses");
+        double bits = 8 * (double)file_size("z") / LONG_FILE;
+        snprintf(arguments, sizeof arguments, "%s --score long", how[i]);
+        size_t n;
+        char *line = sample(arguments) == 0 ? (char *)read_file(in_folder("out"), &n) : NULL;
+        double score = line ? strtod(line, NULL) / log(2) : NAN;
+        free(line);
+        check_error(fabs(bits - score) / score, 1e-3, "to its score, %.4f bits/byte: %s", score,
+                    how[i]);
+    }
+    check(sample("sure.safetensors --compress binary z --force --mix none") == 0 &&
               sample("sure.safetensors --decompress z back --force") == 0 &&
               same_files("back", "binary"),
           "what a model holds for impossible comes back, too (%.1f bits/byte)",
           8 * (double)file_size("z") / 3000);
+    check(shell("$S --compress - - <text 2>err >z && $S --decompress - - <z 2>err | cmp - text") == 0,
+          "from standard input to standard output");
     check_fails("m.safetensors --compress text z", 1, "--force");
-    sample("m.safetensors --compress text z --force");
-    check_fails("other.safetensors --decompress z new", 1, "another model");
-    check_fails("m.safetensors --decompress text new", 1, "not made by sample");
-    check_fails("m.safetensors --decompress empty new", 1, "not made by sample");
+    check_fails("m.safetensors --compress . z --force", 1, "directory");
+    check_fails("--compress missing z --force", 1, "No such file");
+    check_fails("--compress text z --force --prime missing", 1, "No such file");
+    check_fails("--compress text z --force --prime .", 1, "directory");
+}
+
+// What an archive wants, and whoever has tampered with it.
+static void test_archives(void) {
+    sample("m.safetensors --compress binary z --force --prime text");
+    check_fails("other.safetensors --decompress z new --prime text", 1, "another model");
+    check_fails("m.safetensors --decompress z new --prime ones", 1, "another priming text");
+    check_fails("m.safetensors --decompress z new", 1, "with a priming text (");
+    check_fails("--decompress z new --prime text", 1, "with a model (");
+    sample("--compress binary z --force");
+    check_fails("m.safetensors --decompress z new", 1, "without a model");
+    check_fails("--decompress z new --prime text", 1, "without a priming text");
+    check_fails("--decompress text new", 1, "not made by sample");
+    check_fails("--decompress empty new", 1, "not made by sample");
+    check_fails("--decompress . new", 1, "directory");
+    check(shell("printf FZT1 >old; head -c 60 binary >>old") == 0, "an archive of version 1");
+    check_fails("--decompress old new", 1, "earlier version");
     size_t n;
     uint8_t *file = read_file(in_folder("z"), &n);
     need(file != NULL && n > 200, "a compressed text");
     int refusals = 0, tries = 0;
-    for (size_t at = 0; at < n; at += at < 32 || at + 9 > n ? 1 : n / 9) {  // the header, and some
+    for (size_t at = 0; at < n; at += at < 48 || at + 24 > n ? 1 : n / 9) {  // the ends, and some
         file[at] ^= 0x10;
         write_bytes(in_folder("bad"), file, n);
-        refusals += sample("m.safetensors --decompress bad new") == 1;
+        refusals += sample("--decompress bad new") == 1;
         tries++;
         file[at] ^= 0x10;
     }
     for (size_t cut = 0; cut < n; cut += n / 8, tries++) {
         write_bytes(in_folder("bad"), file, cut);
-        refusals += sample("m.safetensors --decompress bad new") == 1;
+        refusals += sample("--decompress bad new") == 1;
     }
     file = realloc(file, n + 1);
     need(file != NULL, "out of memory");
     file[n] = 0;
     write_bytes(in_folder("bad"), file, n + 1);
-    refusals += sample("m.safetensors --decompress bad new") == 1;
+    refusals += sample("--decompress bad new") == 1;
     check(refusals == tries + 1, "of %d damaged, cut or longer files, %d are refused", tries + 1,
           refusals);
-    file[24] ^= 1;  // of the content's checksum, and the header's is right again
-    uint64_t sum = checksum_add(CHECKSUM_START, file, 28);
-    for (int b = 0; b < 4; b++) file[28 + b] = (uint8_t)((sum ^ sum >> 32) >> (8 * b));
+    file[n - 1] ^= 1;
     write_bytes(in_folder("bad"), file, n);
-    check_fails("m.safetensors --decompress bad new", 1, "checksum of the content");
+    check_fails("--decompress bad new", 1, "checksum of the content");
     check(file_size("new") < 0 && entries("new") == 0, "and nothing is left of them");
     free(file);
+}
+
+// Scoring and writing with counts.
+static void test_mix(void) {
+    size_t n;
+    check(sample("m.safetensors --score text --mix cm --prime two") == 0, "--score --mix cm");
+    char *line = (char *)read_file(in_folder("out"), &n);
+    double both = 0, network = 0, counts = 0;
+    int got = sscanf(line, "%lf nats/byte %*f bits/byte perplexity %*f %*d bytes\n%lf with the "
+                     "network alone, %lf with --mix cm alone", &both, &network, &counts);
+    check(got == 3, "says what the network and the counts would pay alone");
+    double want = printed_score("text");
+    check_error(fabs(network - want) / want, 1e-4, "the network as without --mix");
+    free(line);
+    sample("--score text --mix cm --prime two");
+    line = (char *)read_file(in_folder("out"), &n);
+    check_error(fabs(strtod(line, NULL) - counts) / counts, 1e-5, "and the counts as without it");
+    free(line);
+    check(both < network && both < 0.5, "a text that repeats itself costs less with counts (%.3f)",
+          both);
+    sample("m.safetensors --score text --mix cm --heat");
+    line = (char *)read_file(in_folder("out"), &n);
+    double sum[2] = {0}, bits, alone;
+    char *row = line;
+    int rows = 0;
+    while ((row = strchr(row, '\n')) && sscanf(++row, "%*d\t%*d\t%lf\t%lf", &bits, &alone) == 2)
+        sum[0] += bits, sum[1] += alone, rows++;
+    check(rows == 2000, "--heat has both for every byte");
+    check_error(fabs(sum[1] * log(2) / 2000 - network) / network, 1e-4, "the network's");
+    check(sum[0] * log(2) / 2000 < 0.6, "and the mixture's");
+    free(line);
+    check(sample("m.safetensors --score text --mix cm --heat page.html --force") == 0 &&
+              shell("grep -q 'class=\"b0 u\"' page.html") == 0, "where counts help is underlined");
+    check(sample("--mix cm --prime text --bytes 48 --temperature 0 --prompt 'the cat'") == 0 &&
+              shell("grep -q '^the cat sat on the mat. the cat' out") == 0,
+          "counts alone write what they have read");
+    check(sample("m.safetensors --mix cm --bytes 60 --seed 3 --prompt ab --stop zzz") == 0 &&
+              file_size("out") == 62, "and a network with counts writes, too");
+    rename(in_folder("out"), in_folder("first"));
+    sample("m.safetensors --mix cm --bytes 60 --seed 3 --prompt ab --threads 3");
+    check(same_files("out", "first"), "the same seed the same text");
 }
 
 static void test_usage(void) {
@@ -764,6 +842,16 @@ static void test_usage(void) {
         snprintf(arguments, sizeof arguments, "m.safetensors %s %s", others[i % 6], modes[i / 6]);
         check_fails(arguments, 2, "is for writing text, which --");
     }
+    check_fails("--mix cm --streams 2", 2, "--streams");
+    check_fails("m.safetensors --decompress z z9 --mix cm", 2, "the archive says it");
+    check_fails("m.safetensors --info --mix cm", 2, "--mix is not for --info");
+    check_fails("m.safetensors --score text --prime two", 2, "--prime is for counts");
+    check_fails("m.safetensors --prime two", 2, "--prime is for counts");
+    check_fails("m.safetensors --compress text z9 --mix none --prime two", 2, "--prime is for");
+    check_fails("--compress text z9 --mix none", 2, "with a model");
+    check_fails("m.safetensors --score text --blocks 2", 2, "--blocks goes with");
+    check_fails("--score text", 2, "no model");
+    check_fails("--compress text text2 --force --prime text2", 1, "No such file");
     check_fails("m.safetensors --promt a", 2, "did you mean --prompt?");
     check_fails("m.safetensors --tempreature 1", 2, "did you mean --temperature?");
     check_fails("m.safetensors --fork", 2, "--fork; see");
@@ -772,7 +860,7 @@ static void test_usage(void) {
     check_fails("m.safetensors --html page.html --score text", 2, "unknown option --html");
     check_fails("m.safetensors --info --compress text z", 2, "choose one");
     check_fails("m.safetensors --streams 2 --bytes 0", 2, "--bytes");
-    check_fails("m.safetensors --compress text", 2, "IN OUT");
+    check_fails("m.safetensors --compress", 2, "IN OUT");
     check_fails("m.safetensors --latents x.npy", 2, "FILE");
     check_fails("m.safetensors text", 2, "too many");
     check_fails("m.safetensors --heat", 2, "--score");
@@ -830,6 +918,8 @@ int main(void) {
     test_page();
     test_latents();
     test_compress();
+    test_archives();
+    test_mix();
     test_info();
     test_controls();
     test_standard_output();
