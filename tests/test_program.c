@@ -606,13 +606,18 @@ static bool windows_match(const char *model, const char *path, size_t n, size_t 
 
 static void test_windows(void) {
     static const char *const windows[] = {"1:1", "8:8", "8:3", "8:1", "20:7", "40:40", "40:39"};
-    static const char *const models[] = {"m.safetensors", "attention.safetensors"};
-    Model m;
-    open_filled(&m, &(Config){.channels = 24, .latent = 24, .activation = ACT_gelu, .window = 12,
-                              .units = "attn:3 conv:2:1 attn:2:5", .tie = true}, 13);
-    save_or_die(in_folder("attention.safetensors"), &m);
-    model_free(&m);
-    for (int j = 0; j < 2; j++)
+    static const char *const models[] = {"m.safetensors", "attention.safetensors",
+                                         "places.safetensors"};
+    static const char *const stacks[] = {"attn:3 conv:2:1 attn:2:5", "positions conv:2:1 attn:2:5"};
+    for (int j = 0; j < 2; j++) {
+        Model m;
+        Config c = {.channels = 24, .latent = 24, .activation = ACT_gelu, .window = 12, .tie = true};
+        snprintf(c.units, sizeof c.units, "%s", stacks[j]);
+        open_filled(&m, &c, 13);
+        save_or_die(in_folder(models[j + 1]), &m);
+        model_free(&m);
+    }
+    for (int j = 0; j < 3; j++)
         for (int i = 0; i < 7; i++) {
             size_t T = 0, S = 0;
             sscanf(windows[i], "%zu:%zu", &T, &S);
@@ -637,6 +642,8 @@ static void test_windows(void) {
         check_fails(arguments, 2, "expected T:S, whole numbers with 1 <= S <= T <= 16777216;");
     }
     check_fails("m.safetensors --windows 8:4", 2, "--windows goes with --score FILE");
+    check_fails("m.safetensors --score text --mix cm --windows 8:4", 2,
+                "--windows is for the network alone");
     check_fails("m.safetensors --latents z9 text --windows 8:4", 2, "--windows goes with --score");
 #ifndef __SANITIZE_ADDRESS__
     check(shell("ulimit -v 2000000; $S m.safetensors --score text --windows 16777216:16777216 "
