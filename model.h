@@ -280,7 +280,8 @@ int model_describe(Model *m, Error *e);
 size_t model_memory(const Model *m);
 
 // Fresh parameters. Matrices: normal with standard deviation 1/sqrt(fan in), embedding and head
-// 0.02; gains 1, biases 0. The same seed gives the same values on every backend.
+// 0.02 (an embedding that neither a LayerNorm nor the head follows: 1); gains 1,
+// biases 0. The same seed gives the same values on every backend.
 int model_init_params(Model *m, uint64_t seed, Error *e);
 
 // Host copies of a parameter-like role (params, grads, m, v, ema), n_params values.
@@ -305,8 +306,8 @@ void model_losses(Model *m, const int *ids, const int *targets, real *losses);
 // byte 0, which nothing precedes, costs log(256). *nats is their sum. The model must hold
 // context + stride - 1 bytes in T. stop (may be NULL) is asked before every pass, with the bytes
 // scored so far; where it says true, scoring ends with 1 instead of 0, and *nats is no sum.
-// Windows that restart at 0, S, 2S .. (sample --windows T:S) are two calls: of the first T + 1 bytes
-// with context 1 and stride T; then of the rest, from T + 1, with T - S + 1 and S.
+// Windows that restart at 0, S, 2S .. (sample --windows T:S) are two calls: of the first T + 1
+// bytes with context 1 and stride T; then of the rest, from T + 1, with T - S + 1 and S.
 typedef bool (*ScoreStop)(size_t scored);
 int model_score_windows(Model *m, const uint8_t *text, size_t n, size_t from, size_t context,
                         size_t stride, double *nats, ScoreStop stop, Error *e);

@@ -482,6 +482,10 @@ static void score_file(const char *model) {
             "%.6f nats/byte  %.6f bits/byte  perplexity %.4f  %llu bytes\n", nats, nats / log(2),
             exp(nats), (unsigned long long)n);
     flush();
+    const Config *c = &s.table.config;
+    if (!opt.windows && config_absolute(c) && n > (uint64_t)c->window)
+        fprintf(stderr, "note: places in the text beyond %d were never trained; as training "
+                        "scores: --windows %d:%d\n", c->window, c->window, (c->window + 1) / 2);
     stream_free(&s);
 }
 

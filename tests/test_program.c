@@ -627,11 +627,25 @@ static void test_windows(void) {
             check(wrong == 0, "--windows %s is the sum over windows made by hand: %s", windows[i],
                   models[j]);
         }
+    // Where places count, training knew none beyond its windows.
+    static const char *const notes[] = {"part", "text --windows 12:6", "text"};
+    char arguments[200];
+    open_filled(&m, &(Config){.channels = 24, .latent = 24, .window = 12, .units = "positions conv",
+                              .tie = true}, 13);
+    save_or_die(in_folder("places.safetensors"), &m);
+    model_free(&m);
+    write_bytes(in_folder("part"), (const uint8_t *)"twelve bytes", 12);
+    for (int i = 0; i < 3; i++) {
+        snprintf(arguments, sizeof arguments, "places.safetensors --score %s", notes[i]);
+        bool noted = sample(arguments) == 0 &&
+                     shell("grep -q 'beyond 12 were never trained.*--windows 12:6' err") == 0;
+        check(noted == (i == 2), "a model with positions, --score %s: %s note", notes[i],
+              i == 2 ? "a" : "no");
+    }
     static const char *const bad[] = {"0:1", "8:0", "0:0", "8:9", "8", "8:", ":8", ":", "8:4:2",
                                       "8:-4", "+8:4", "\" 8:4\"", "\"8: 4\"", "8:4x", "8,4",
                                       "\"\"", "16777217:1", "1000000000:1",
                                       "99999999999999999999:1", "8:18446744073709551617"};
-    char arguments[200];
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         snprintf(arguments, sizeof arguments, "m.safetensors --score text --windows %s", bad[i]);
         check_fails(arguments, 2, "expected T:S, whole numbers with 1 <= S <= T <= 16777216;");
