@@ -145,7 +145,7 @@ struct Unit {
     struct {
         Unit *from, *to;  // whose stream is added to this one's, and where this one's goes
         size_t scale;     // with `from`: the learned vector
-        act *kept;        // (N,C) and in training the gradient by this unit's stream
+        act *kept;        // with `from`, in training: (N,C) the gradient by this stream
     } skip;
     act *h;        // (N,C) the place of x[u] in backward, once it holds norm(x[u]) again
     void *data;
