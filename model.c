@@ -58,9 +58,10 @@ int config_check(const Config *c, Error *e) {
     while (others > 0 && units[n - others].mixer->input) others--;
     free(units);
     if (n < 0) return -1;
-    if (c->skips < 0 || (c->skips > 0 && others % c->skips))
+    // A lone layer has none to mirror it.
+    if (c->skips < 0 || (c->skips > 0 && others % c->skips) || c->skips > others / 2)
         return fail(e, "skips is %d, expected 0 (none) or a divisor of the %d units that are no "
-                       "inputs", c->skips, others);
+                       "inputs, at most half of them", c->skips, others);
     return 0;
 }
 

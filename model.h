@@ -145,7 +145,7 @@ struct Unit {
     struct {
         Unit *from, *to;  // whose stream is added to this one's, and where this one's goes
         size_t scale;     // with `from`: the learned vector
-        act *kept;        // (N,C) and in training the gradient by this unit's stream
+        act *kept;        // with `from`, in training: (N,C) the gradient by this stream
     } skip;
     act *h;        // (N,C) the place of x[u] in backward, once it holds norm(x[u]) again
     void *data;
@@ -280,7 +280,8 @@ int model_describe(Model *m, Error *e);
 size_t model_memory(const Model *m);
 
 // Fresh parameters. Matrices: normal with standard deviation 1/sqrt(fan in), embedding and head
-// 0.02; gains 1, biases 0. The same seed gives the same values on every backend.
+// 0.02 (an embedding that neither a LayerNorm nor the head follows: 1); gains 1,
+// biases 0. The same seed gives the same values on every backend.
 int model_init_params(Model *m, uint64_t seed, Error *e);
 
 // Host copies of a parameter-like role (params, grads, m, v, ema), n_params values.

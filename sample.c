@@ -486,6 +486,10 @@ static uint64_t score_network(Score *score, const char *model) {
     Stream s;
     open_model(&s, model, 0);
     uint64_t n = scan_file(&s, opt.score, false, visit_score, score);
+    const Config *c = &s.table.config;
+    if (!opt.windows && config_absolute(c) && n > (uint64_t)c->window)
+        fprintf(stderr, "note: places in the text beyond %d were never trained; as training "
+                        "scores: --windows %d:%d\n", c->window, c->window, (c->window + 1) / 2);
     stream_free(&s);
     return n;
 }

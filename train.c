@@ -54,7 +54,7 @@ static const struct {
      "--at-once --lr 5e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.95 "
      "--weight-decay 1 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500"},
     {"positions 2x(attn:4:r0:n0 mlp:4)",
-     "--channels 256 --latent 0 --activation gelu --window 512 --no-tie --softcap 0 "
+     "--channels 256 --latent 0 --activation gelu --window 0 --no-tie --softcap 0 "
      "--no-norm-in --no-norm-out --bias --skips 0 --steps 1500 --batch 16 --seq 512 --accum 1 "
      "--no-at-once --lr 1e-3 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 "
      "--weight-decay 0.1 --clip 1 --ema 0 --dropout 0 --byte-dropout 0 --eval-every 250"},

@@ -319,7 +319,7 @@ static void linear_launch(const Epilogue &e, const float *bias, const void *x, c
 }
 
 // Cycles of the busiest multiprocessor, to choose a tile by: products, and an epilogue of some 12
-// cycles a column (both fitted to nothing: they rank).
+// cycles a column. Neither is measured; they only rank the tiles.
 static size_t linear_cycles(size_t N, int n_in, int n_out, int tile_o) {
     size_t tiles = ceil_div(N, LINEAR_CLUSTER * LINEAR_ROWS) * ceil_div(n_out, tile_o);
     size_t stages = ceil_div(n_in, LINEAR_CHUNK);

@@ -70,8 +70,7 @@ void queue_run(Model *m, bool all) {
 void weight_gradient(Model *m, const Linear *l, const act *x, const act *dy) {
     WeightQueue *q = &m->queue;
     q->shapes[q->n] = linear_shape(m, l);
-    q->jobs[q->n++] = (WeightJob){m->grads + l->weight, bias_of(m->grads, l), x, dy,
-                                      l->dil};
+    q->jobs[q->n++] = (WeightJob){m->grads + l->weight, bias_of(m->grads, l), x, dy, l->dil};
     queue_run(m, false);
 }
 

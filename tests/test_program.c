@@ -609,9 +609,10 @@ static void test_windows(void) {
     static const char *const models[] = {"m.safetensors", "attention.safetensors",
                                          "places.safetensors"};
     static const char *const stacks[] = {"attn:3 conv:2:1 attn:2:5", "positions conv:2:1 attn:2:5"};
+    Model m;
     for (int j = 0; j < 2; j++) {
-        Model m;
-        Config c = {.channels = 24, .latent = 24, .activation = ACT_gelu, .window = 12, .tie = true};
+        Config c = {.channels = 24, .latent = 24, .activation = ACT_gelu, .window = 12};
+        c.tie = true;
         snprintf(c.units, sizeof c.units, "%s", stacks[j]);
         open_filled(&m, &c, 13);
         save_or_die(in_folder(models[j + 1]), &m);
@@ -632,11 +633,25 @@ static void test_windows(void) {
             check(wrong == 0, "--windows %s is the sum over windows made by hand: %s", windows[i],
                   models[j]);
         }
+    // Where places count, training knew none beyond its windows.
+    static const char *const notes[] = {"part", "text --windows 12:6", "text"};
+    char arguments[200];
+    open_filled(&m, &(Config){.channels = 24, .latent = 24, .window = 12, .units = "positions conv",
+                              .tie = true}, 13);
+    save_or_die(in_folder("places.safetensors"), &m);
+    model_free(&m);
+    write_bytes(in_folder("part"), (const uint8_t *)"twelve bytes", 12);
+    for (int i = 0; i < 3; i++) {
+        snprintf(arguments, sizeof arguments, "places.safetensors --score %s", notes[i]);
+        bool noted = sample(arguments) == 0 &&
+                     shell("grep -q 'beyond 12 were never trained.*--windows 12:6' err") == 0;
+        check(noted == (i == 2), "a model with positions, --score %s: %s note", notes[i],
+              i == 2 ? "a" : "no");
+    }
     static const char *const bad[] = {"0:1", "8:0", "0:0", "8:9", "8", "8:", ":8", ":", "8:4:2",
                                       "8:-4", "+8:4", "\" 8:4\"", "\"8: 4\"", "8:4x", "8,4",
                                       "\"\"", "16777217:1", "1000000000:1",
                                       "99999999999999999999:1", "8:18446744073709551617"};
-    char arguments[200];
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         snprintf(arguments, sizeof arguments, "m.safetensors --score text --windows %s", bad[i]);
         check_fails(arguments, 2, "expected T:S, whole numbers with 1 <= S <= T <= 16777216;");
@@ -730,7 +745,8 @@ static void test_compress(void) {
               same_files("back", "binary"),
           "what a model holds for impossible comes back, too (%.1f bits/byte)",
           8 * (double)file_size("z") / 3000);
-    check(shell("$S --compress - - <text 2>err >z && $S --decompress - - <z 2>err | cmp - text") == 0,
+    check(shell("$S --compress - - <text 2>err >z && $S --decompress - - <z 2>err | cmp - text") ==
+              0,
           "from standard input to standard output");
     check_fails("m.safetensors --compress text z", 1, "--force");
     check_fails("m.safetensors --compress . z --force", 1, "directory");

@@ -223,7 +223,7 @@ train $tiny --batch 2 --preset hybrid --seq 64 --out hybrid text && [ "$(setting
 --weight-decay 1 --clip 1 --ema 0 --dropout 0.2 --byte-dropout 0.15 --eval-every 500" ]
 check $? "--preset hybrid: a conv, an attention and an mlp, three times"
 train $tiny --batch 2 --preset transformer --seq 64 --out pt text && [ "$(settings pt)" = "--channels 8 \
---latent 0 --units \"positions 2x(attn:4:r0:n0 mlp:4)\" --activation gelu --window 512 --no-tie --softcap 0 \
+--latent 0 --units \"positions 2x(attn:4:r0:n0 mlp:4)\" --activation gelu --window 0 --no-tie --softcap 0 \
 --skips 0 --no-norm-in --no-norm-out --bias --steps 1 --batch 2 --seq 64 --accum 1 --no-at-once --lr 0.001 \
 --min-lr 0 --warmup 100 --beta1 0.9 --beta2 0.99 --weight-decay 0.1 --clip 1 --ema 0 --dropout 0 \
 --byte-dropout 0 --eval-every 250" ]
