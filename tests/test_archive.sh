@@ -24,7 +24,7 @@ build() {
     "$compiler" "$@" "$folder/$name.o"/*.o -lm -o "$folder/$name" >"$folder/log" 2>&1
 }
 # Every kind of unit, every activation, a softcap; both heads.
-stacks='conv:2:3 attn:2:20:kv1:r6 mlp:2:lrelu2 block:3:1:2:gelu attn:4:9 conv:3:2:none'
+stacks='smear bigrams:300:8 positions conv:2:3 attn:2:20:kv1:r6 mlp:2:lrelu2 block:3:1:2:gelu attn:4:9 conv:3:2:none'
 ./train --device cpu --units "$stacks" --channels 24 --softcap 9 --steps 12 --batch 2 --seq 64 \
     --sample-bytes 0 --out "$folder/a" 2>/dev/null >/dev/null
 ./train --device cpu --units "$stacks" --channels 40 --tie --steps 3 --batch 2 --seq 64 \
