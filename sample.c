@@ -141,7 +141,6 @@ static void stop(const Error *e) {
     die(&cli, e);
 }
 
-
 // ---- The model ----------------------------------------------------------------------------------
 
 // Opens the model n times, each for as many streams as asked for, or as many as fit into a gigabyte
@@ -185,8 +184,23 @@ typedef struct {
 
 static bool given(const char *name) { return find_option(&cli, name, strlen(name))->given; }
 
-// model NULL: without. All have read --prime.
-static void open_predictors(Predictors *p, int n, MixKind kind, const char *model) {
+// Whether this model or text is the one that the archive was made with; what: its name.
+static void check_source(const char *in, const char *what, const char *option, uint64_t theirs,
+                         uint64_t ours) {
+    Error e;
+    if (theirs == ours) return;
+    if (!theirs) fail(&e, "%.200s was made without a %s: leave it out", in, what);
+    else if (!ours) fail(&e, "%.200s was made with a %s (%016llx): give it as %s", in, what,
+                         (unsigned long long)theirs, option);
+    else fail(&e, "%.200s was made with another %s (%016llx, this one is %016llx)", in, what,
+              (unsigned long long)theirs, (unsigned long long)ours);
+    stop(&e);
+}
+
+// model NULL: without. All have read --prime. Of an archive, NULL: none, its model and priming text
+// are compared before the counts walk that text, which takes a while.
+static void open_predictors(Predictors *p, int n, MixKind kind, const char *model,
+                            const char *archive, const ArchiveHead *head) {
     Error e;
     uint8_t *text = NULL;
     size_t n_text = 0;
@@ -197,6 +211,8 @@ static void open_predictors(Predictors *p, int n, MixKind kind, const char *mode
     if (model) p->model = open_streams(p->streams, n, model, 1);
     if (opt.prime && read_whole(opt.prime, &text, &n_text, &e)) stop(&e);
     if (opt.prime) p->text = checksum_add(CHECKSUM_START, text, n_text);
+    if (archive) check_source(archive, "model", "MODEL", head->model, p->model);
+    if (archive) check_source(archive, "priming text", "--prime", head->text, p->text);
     for (int i = 0; i < n; i++)
         if (predictor_open(&p->predictors[i], kind, model ? &p->streams[i] : NULL, &e)) stop(&e);
 #pragma omp parallel for schedule(static, 1) if (n > 1)
@@ -324,7 +340,7 @@ static void generate_mixed(const char *model) {
     real logits[V];
     Text text = {0};
     read_prompt(&prompt, &n_prompt);
-    open_predictors(&all, 1, (MixKind)opt.mix, model);
+    open_predictors(&all, 1, (MixKind)opt.mix, model, NULL, NULL);
     put(prompt, n_prompt);
     flush();
     for (size_t i = 0; i < n_prompt; i++) predictor_cost(p, prompt[i]);
@@ -451,8 +467,8 @@ static uint64_t score_mixed(Score *score, const char *model, double *network, do
     FILE *f = open_input(opt.score);
     uint64_t n = 0;
     begin_progress("read", f);
-    open_predictors(&both, 1, (MixKind)opt.mix, model);
-    if (model && opt.mix) open_predictors(&alone, 1, (MixKind)opt.mix, NULL);
+    open_predictors(&both, 1, (MixKind)opt.mix, model, NULL, NULL);
+    if (model) open_predictors(&alone, 1, (MixKind)opt.mix, NULL, NULL, NULL);
     for (int byte; (byte = fgetc(f)) != EOF; n++) {
         double said = predictor_network_cost(p, (uint8_t)byte);
         show(score, n, (uint8_t)byte, predictor_cost(p, (uint8_t)byte), said);
@@ -586,7 +602,7 @@ static void compress(const char *model, const char *in, const char *out) {
     if (arithmetic_check(&e)) stop(&e);
     FILE *f = open_input(in);
     if (output_open(&output, out, opt.force, &e)) stop(&e);
-    open_predictors(&p, (int)opt.blocks, mix, model);
+    open_predictors(&p, (int)opt.blocks, mix, model, NULL, NULL);
     ArchiveHead head = {.mix = mix, .lanes = p.n, .piece = PIECE, .model = p.model, .text = p.text};
     // A small file has a piece for each lane, too.
     uint64_t size = fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode) ? (uint64_t)st.st_size : 0;
@@ -608,19 +624,6 @@ static void compress(const char *model, const char *in, const char *out) {
     close_predictors(&p);
 }
 
-// Whether this model or text is the one that the archive was made with; what: its name.
-static void check_source(const char *in, const char *what, const char *option, uint64_t theirs,
-                         uint64_t ours) {
-    Error e;
-    if (theirs == ours) return;
-    if (!theirs) fail(&e, "%.200s was made without a %s: leave it out", in, what);
-    else if (!ours) fail(&e, "%.200s was made with a %s (%016llx): give it as %s", in, what,
-                         (unsigned long long)theirs, option);
-    else fail(&e, "%.200s was made with another %s (%016llx, this one is %016llx)", in, what,
-              (unsigned long long)theirs, (unsigned long long)ours);
-    stop(&e);
-}
-
 static void decompress(const char *model, const char *in, const char *out) {
     static Predictors p;
     ArchiveHead head;
@@ -628,13 +631,8 @@ static void decompress(const char *model, const char *in, const char *out) {
     if (arithmetic_check(&e)) stop(&e);
     FILE *f = open_input(in);
     if (archive_read_head(&head, f, in, &e)) stop(&e);
-    // Before anything is read: priming takes a while.
-    if (!model) check_source(in, "model", "MODEL", head.model, 0);
-    if (!opt.prime) check_source(in, "priming text", "--prime", head.text, 0);
-    open_predictors(&p, head.lanes, head.mix, model);
-    check_source(in, "model", "MODEL", head.model, p.model);
-    check_source(in, "priming text", "--prime", head.text, p.text);
     if (output_open(&output, out, opt.force, &e)) stop(&e);
+    open_predictors(&p, head.lanes, head.mix, model, in, &head);
     begin_progress("decompressed", f);
     if (archive_read(&head, p.predictors, f, in, output.file, progress, &e) < 0) stop(&e);
     progress_end(&shown.line);
@@ -743,6 +741,11 @@ static const char *check_usage(void) {
     if (opt.prime && (opt.info || opt.latents || (!opt.mix && (!modes || opt.score)) ||
                       (opt.compress && given("mix") && !opt.mix)))
         usage_error(&cli, "--prime is for counts: --mix cm or ngram%s%s", "", "");
+    const char *in = opt.compress || opt.decompress ? cli.files[cli.n_files - 2]
+                     : opt.score ? opt.score : opt.prompt_file;
+    if (opt.prime && in && strcmp(opt.prime, "-") == 0 && strcmp(in, "-") == 0)
+        usage_error(&cli, "--prime and the input are both standard input: name one as a file%s%s",
+                    "", "");
     if (given("blocks") && !opt.compress)
         usage_error(&cli, "--blocks goes with --compress%s%s", "", "");
     if (opt.stop) read_ending(opt.stop);

@@ -8,9 +8,9 @@
 //   window 1           [RF-1 | SEGMENT ]        reads RF-1 + SEGMENT bytes, gives SEGMENT outputs
 //   window 2                     [RF-1 | SEGMENT ]
 //
-// Windows of T bytes, S apart, that each are a text of their own are the same with S for SEGMENT and
-// T - S for RF-1: now outputs may lack some of what the model would see, as where a text is scored by
-// a model that holds T bytes and no more.
+// Windows of T bytes, S apart, that each are a text of their own are the same with S for SEGMENT
+// and T - S for RF-1: now outputs may lack some of what the model would see, as where a text is
+// scored by a model that holds T bytes and no more.
 #include "support/scan.h"
 
 #include <errno.h>
@@ -54,8 +54,8 @@ static int open_windows(Windows *w, const Stream *s, size_t window, size_t strid
     return 0;
 }
 
-// All outputs of the windows in hand, which begin at `base` of the file. `skip`: outputs of the first
-// window that are not wanted.
+// All outputs of the windows in hand, which begin at `base` of the file. `skip`: outputs of the
+// first window that are not wanted.
 static void run_windows(Windows *w, Stream *s, uint64_t base, size_t skip) {
     size_t D = (size_t)s->table.config.latent, end = w->context + w->segment;
     size_t windows = w->have > end ? (w->have - w->context + w->segment - 1) / w->segment : 1;

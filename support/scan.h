@@ -16,10 +16,10 @@ typedef struct {
 } Part;
 typedef void (*Visit)(void *arg, const Part *part);
 
-// Shows `visit` every output of the rest of f in order; `progress` is told the bytes read. window 0:
-// every output sees all that the model would see; else windows of so many bytes, each a text of its
-// own, begin `stride` bytes after each other. Returns the number of bytes, or -1: there is no memory,
-// or f cannot be read. name: of f, for messages.
+// Shows `visit` every output of the rest of f in order; `progress` is told the bytes read. window
+// 0: every output sees all that the model would see; else windows of so many bytes, each a text of
+// its own, begin `stride` bytes after each other. Returns the number of bytes, or -1: there is no
+// memory, or f cannot be read. name: of f, for messages.
 int64_t scan(Stream *s, FILE *f, const char *name, size_t window, size_t stride, bool latents,
              Visit visit, void *arg, void (*progress)(uint64_t done), Error *e);
 

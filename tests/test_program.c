@@ -760,6 +760,11 @@ static void test_archives(void) {
     sample("m.safetensors --compress binary z --force --prime text");
     check_fails("other.safetensors --decompress z new --prime text", 1, "another model");
     check_fails("m.safetensors --decompress z new --prime ones", 1, "another priming text");
+    // Within a second of computing, where the counts would need ten to read them.
+    check(shell("head -c 4000000 /dev/zero >big; ulimit -t 1;"
+                "$S m.safetensors --decompress z new --prime big 2>err") == 1 &&
+              shell("rm big; grep -q 'another priming text' err") == 0,
+          "which the counts do not read");
     check_fails("m.safetensors --decompress z new", 1, "with a priming text (");
     check_fails("--decompress z new --prime text", 1, "with a model (");
     sample("--compress binary z --force");
@@ -875,6 +880,9 @@ static void test_usage(void) {
     check_fails("m.safetensors --score text --blocks 2", 2, "--blocks goes with");
     check_fails("--score text", 2, "no model");
     check_fails("--compress text text2 --force --prime text2", 1, "No such file");
+    check_fails("--compress - z9 --prime -", 2, "both standard input");
+    check_fails("m.safetensors --score - --mix cm --prime -", 2, "both standard input");
+    check_fails("--mix cm --prompt-file - --prime -", 2, "both standard input");
     check_fails("m.safetensors --promt a", 2, "did you mean --prompt?");
     check_fails("m.safetensors --tempreature 1", 2, "did you mean --temperature?");
     check_fails("m.safetensors --fork", 2, "--fork; see");
