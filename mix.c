@@ -174,7 +174,8 @@ static void look_up(Mixture *m, Now *now, bool make) {
     }
 }
 
-// A match goes on, or the last place with the same six bytes is looked at.
+// A match goes on, or the last place with the same six bytes is looked at. (A byte that differs in
+// its last bit alone breaks no match: the next bit that differs does.)
 static void find_match(Mixture *m) {
     enum { MASK = (1 << TEXT_BITS) - 1 };
     Now *now = &m->now;

@@ -183,7 +183,10 @@ int64_t archive_read(const ArchiveHead *h, Predictor *lanes, FILE *in, const cha
 #pragma omp parallel for schedule(static, 1) if (h->lanes > 1)
         for (int i = 0; i < h->lanes; i++) decode_piece(&lanes[i], &pieces[i]);
         for (int i = 0; i < h->lanes && !fault; i++) {
-            if (!pieces[i].sound) fault = "its code leads nowhere";
+            if (!pieces[i].sound) {
+                fault = "its code leads nowhere";
+                break;
+            }
             sum = checksum_add(sum, pieces[i].content, pieces[i].n);
             fwrite(pieces[i].content, 1, pieces[i].n, out);
             done += pieces[i].n;
