@@ -43,8 +43,9 @@
 // under a condition. It moves a wait up over arithmetic, but not over a branch: forward the walk to
 // the next tile stands between the exponentials and the wait, backward the mask.
 //
-// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, us (TFLOP/s: 4 P d and
-// 10 P d); mma in an earlier run of that day, FlashAttention-2 and cuDNN in another (MEASURED.md):
+// Measured on an H100, 4 heads of 64, W = T, many calls in a row, 2026-11-25, us (TFLOP/s: 4 P d
+// and 10 P d); mma in an earlier run of that day, FlashAttention-2 and cuDNN in another, both in
+// MEASURED.md, with the commands:
 //     B x T      forward           mma   FA2  cuDNN    backward         mma   FA2  cuDNN
 //     1x128         3.9            5.8                   12.7          12.7
 //     64x512       41.0 (210)     59.6    67     42      145  (148)     224   291    216

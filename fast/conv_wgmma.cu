@@ -1,7 +1,8 @@
 // conv_wgmma.cu: rung 5 of the causal dilated convolution, on Hopper's tensor cores (sm_90a):
 // forward and backward to the input. bf16 operands, float32 sums. K <= 3, (K-1)*dil <= 192, and
 // shared memory for the weights and three stages: C = 256, K = 3 up to dil 56. C and O in multiples
-// of 8 and pointers in multiples of 16 bytes. What it cannot take goes to mma, the rung below it.
+// of 8 and pointers in multiples of 16 bytes. Linear layers of 512 summed channels and more go to
+// linear_wgmma.cu, but for few rows; what neither takes goes to mma, the rung below.
 //
 // Read first: conv_mma.cu (rung 4), hopper.cuh (the instructions). The gradient to the weights is
 // weight_wgmma.cu. The rungs on tensor cores are the table at the end of this file.   Run:

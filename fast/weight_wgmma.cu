@@ -24,7 +24,8 @@
 // and adds them.
 // Linear layers: with K = 1 a stage has two chunks of x for two of its three taps, 48 KB for 1024
 // cycles, and L2 binds. Then the two blocks of a cluster, neighbours c, share dy: each fetches half
-// of it into both, and 32 KB are left.
+// of it into both, and 32 KB are left. Measured, one layer of 32768 rows: 256 -> 1024 57.5 -> 49.4
+// us, 1024 -> 256 51.0 -> 46.2; but 256 -> 256 23.4 -> 26.9, which is not mended yet.
 // So a launch takes up to MAX_WEIGHT_JOBS layers: more tiles need fewer splits.
 // Few rows: the time is mostly dw's, read and written by as many blocks as there are tiles. A tile
 // of 64 channels o makes four times as many, in one split or few. A single split adds to dw
@@ -42,9 +43,9 @@
 // stage, and added it up, before the copy overwrites it.
 // Every sum is added in an order that only the shape and the GPU decide.
 // Tried and dropped: splits as clusters that add their sums through distributed shared memory,
-// training at 29.0 M bytes/s for 30.0 M (32x1024); copies of dy shared by a cluster, 67.3 -> 69.9
-// us; a warpgroup that copies and gives its registers to the others, because ptxas then keeps to
-// 128 registers and m64n256 needs more.
+// training at 29.0 M bytes/s for 30.0 M (32x1024); copies of dy shared by a cluster with K = 3,
+// 67.3 -> 69.9 us; a warpgroup that copies and gives its registers to the others, because ptxas
+// then keeps to 128 registers and m64n256 needs more.
 
 enum {
     DY_PART = SUM_TILE * 128,  // bytes: 64 columns of dy in a stage
